@@ -48,6 +48,10 @@ class GenerationError(LlavaError, RuntimeError):
     """Failed generation of an answer."""
 
 
+class MemoryLimitError(GenerationError):
+    """Prompt whose keys and values, with those of its answer, can never fit the memory for them."""
+
+
 class MissingDependency(LlavaError, ImportError):
     """Missing optional package; the message names the extra that installs it."""
 

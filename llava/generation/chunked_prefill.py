@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -37,6 +37,7 @@ from llava.generation.prefix_cache import (
 from llava.generation.request import Ready, Request
 from llava.generation.runners import KnownRow, SlotRunner
 from llava.generation.scheduler import Scheduler
+from llava.generation.slot_memory import last_image, most_tokens, stem_length
 
 LOOKAHEAD = 64
 """Maximum number of prompts that may overtake one that waits for a running prefill of its prefix."""
@@ -107,15 +108,13 @@ class PrefillJob:
 
     def row(self) -> KnownRow:
         """Return the prompt as a row whose members join slots."""
-        # The images, or all of it for several samples, are stored once for all sequences that share them. A stem has at
-        # least one token.
-        length = len(self.identities) if len(self.members) > 1 else max(last_image(self.encoded), 1)
-        return KnownRow((self.tree, self.identities[:length]), length, self.parts)
+        assert self.members[0].stem is not None
+        return KnownRow(*self.members[0].stem, self.parts)
 
 
-def last_image(encoded: Encoded) -> int:
-    """Return the number of tokens up to the end of the last image; 0 without one."""
-    return encoded.image_spans[-1][1] if encoded.image_spans else 0
+def stem_of(tree: str, identities: tuple[Identity, ...], length: int) -> tuple[Hashable, int]:
+    """Return name and length of a stem, which is stored once for all sequences that begin with it."""
+    return (tree, identities[:length]), length
 
 
 class ChunkedScheduler(Scheduler):
@@ -269,6 +268,7 @@ class ChunkedScheduler(Scheduler):
                 continue
             encoded = request.extended()
             identities = identities_of(encoded)
+            request.stem = stem_of(request.tree, identities, stem_length(encoded))
             match = self.cache.match(request.tree, encoded, identities)
             if self._is_read_soon(request.tree, encoded, identities, match.length):
                 self.cache.release(match)
@@ -276,7 +276,7 @@ class ChunkedScheduler(Scheduler):
                 self.cache.release(match)
                 return
             else:
-                self._start(self._samples(request), encoded, identities, match)
+                self._start(self._samples(request, identities), encoded, identities, match)
 
     def _waits_for_tower(self, encoded: Encoded, known: int) -> bool:
         """Return whether a prompt's new images must wait for those of another prompt in the tower."""
@@ -291,15 +291,22 @@ class ChunkedScheduler(Scheduler):
         wanted = min([known + MIN_SHARED, *images])
         return any(job.tree == tree and num_common(job.identities, identities) >= wanted for job in self.jobs)
 
-    def _samples(self, request: Request) -> list[Request]:
-        """Take a request and those that sample the same prompt from the queue."""
+    def _samples(self, request: Request, identities: tuple[Identity, ...]) -> list[Request]:
+        """Take a request and those that sample its prompt from the queue, as many as fit together."""
         encoded, members = request.extended(), [request]
+        alone, shared = request.stem, stem_of(request.tree, identities, len(identities))
         for other in self.waiting:
-            if other is not request and other.source is request.source and not request.is_suspect:
-                self._reading(other)
-                if other.extended() is encoded:
-                    members.append(other)
+            if other is request or other.source is not request.source or request.is_suspect:
+                continue
+            self._reading(other)
+            if other.extended() is not encoded:
+                continue
+            request.stem = other.stem = shared
+            if not self._fits([*members, other]):
+                break  # the rest starts later, on the cached prompt
+            members.append(other)
         for member in members:
+            member.stem = shared if len(members) > 1 else alone
             self.waiting.remove(member)
         return members
 
@@ -351,13 +358,7 @@ class ChunkedScheduler(Scheduler):
                 self.cache.release(job.match)
 
     def _kv_bytes(self, requests: Sequence[Request]) -> int:
-        # Until a prompt has joined, its keys and values are outside the slots.
-        pairs = [(request.encoded, request.limit) for request in requests if request.encoded is not None]
-        stems = {encoded.images: last_image(encoded) for encoded, _ in pairs}
-        rests = [len(encoded.input_ids) - stems[encoded.images] + limit for encoded, limit in pairs]
-        # Stems and slots are rectangles; the last request is not among the jobs yet.
-        num_tokens = len(rests) * (max(rests) + 1) + len(stems) * max(1, *stems.values()) + len(pairs[-1][0].input_ids)
-        return num_tokens * self.runner.token_bytes + self._unjoined_bytes()
+        return most_tokens(requests) * self.runner.token_bytes
 
     def _unjoined_bytes(self) -> int:
         return self.runner.token_bytes * sum(len(job.identities) - job.match.length for job in self.jobs)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
 from llava.generation.prefix_cache import KeyValues
+from llava.utils.memory import available_memory
 
 DEFAULT_CONTEXT = 2048
 """Context length of a model whose configuration does not name one."""
@@ -40,7 +40,7 @@ def quarter_of_free_memory(model: Any) -> int:
     if model.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(model.device)
         return int(free) // 4
-    return int(psutil.virtual_memory().available) // 4
+    return available_memory() // 4
 
 
 class LayerBuffers:

@@ -65,6 +65,10 @@ Alternatives: TypeAlias = "tuple[tuple[int, float], ...]"
 """Likeliest tokens at one place of an answer with their natural log-probabilities, likeliest first."""
 
 
+UNLIMITED = 1 << 30
+"""`max_new_tokens` of a request without a limit: the answer may fill the context, or the memory for keys and values."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """Sampling parameters; greedy decoding by default.

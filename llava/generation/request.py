@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -51,6 +51,7 @@ class Request:
         tree: name of the tree of the prefix cache that it uses.
         pending: ids that a dialogue has still to read: its last token and the next question.
         is_dialogue: whether `logprobs` are those of the distribution that is sampled from, for every token.
+        stem: name and length of the first tokens of its prompt, stored once for all sequences that share them.
         is_suspect: whether a prefill with this request failed; it is then tried alone.
         listener: called by the owner of the model, after each step that changed the request.
     """
@@ -72,6 +73,7 @@ class Request:
     pending: tuple[int, ...] = ()
     is_dialogue: bool = False
     is_suspect: bool = False
+    stem: tuple[Hashable, int] | None = None
     listener: Callable[[Request], None] | None = None
 
     @property

@@ -15,11 +15,12 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from llava.errors import GenerationError
+from llava.errors import MemoryLimitError
 from llava.generation.failures import beyond_limit, is_lost, is_out_of_memory, named, no_memory, refusal
 from llava.generation.prompt_encoder import EncodedPrompt, PromptReader
 from llava.generation.request import Ready, Request
 from llava.generation.runners import Runner
+from llava.generation.slot_memory import answer_limit
 from llava.generation.token_choice import chosen_tokens
 from llava.model.rope import SharedContext
 
@@ -142,14 +143,23 @@ class Scheduler:
         """Return whether an encoded waiting request fits beside the running ones; fail it if it never can."""
         if self.max_kv_bytes is None:
             return True
-        beside = [*self.held(), *members]
-        if self._kv_bytes([*beside, request]) <= self.max_kv_bytes:
+        if self._fits([*members, request]):
             return True
-        if not beside:
+        if not (members or self.held()):
             reason = beyond_limit(self._kv_bytes([request]), self.max_kv_bytes)
             self.waiting.remove(request)
-            self._fail(request, reason, GenerationError(reason))
+            self._fail(request, reason, MemoryLimitError(reason))
         return False
+
+    def _fits(self, requests: Sequence[Request]) -> bool:
+        """Return whether encoded requests fit beside those that are held."""
+        if self.max_kv_bytes is None:
+            return True
+        return self._kv_bytes([*self.held(), *requests]) + self._unjoined_bytes() <= self.max_kv_bytes
+
+    def _unjoined_bytes(self) -> int:
+        """Return the bytes of prompts that are read and have no slot yet."""
+        return 0
 
     def _kv_bytes(self, requests: Sequence[Request]) -> int:
         """Return the bytes of keys and values that requests need at their longest."""
@@ -259,7 +269,7 @@ class Scheduler:
         if request.encoded is None:
             request.encoded = source.reading.encoded
             room = self.reader.max_tokens - len(request.encoded.input_ids)
-            request.limit = min(request.sampling.max_new_tokens, room)
+            request.limit = answer_limit(request, room, self._kv_bytes, self.max_kv_bytes)
         return source.reading
 
     def _join(self) -> None:

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 
 from llava.constants import DTYPES
+from llava.utils.memory import available_memory
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +148,7 @@ def raise_slow_weights(model: Any) -> None:
     kept = ", ".join(dtype_name(dtype) for dtype in halves)
     slower = f"{kept} products take {1 / speedup:.1f} times as long as float32 ones on this CPU"
     num_bytes = sum(4 * weight.numel() for weight in model.parameters() if weight.dtype in HALF_PRECISION)
-    if num_bytes > psutil.virtual_memory().available:
+    if num_bytes > available_memory():
         logger.warning("%s, but float32 weights need %.1f GiB, which are not available", slower, num_bytes / 2**30)
         return
     nn.Module.float(model)

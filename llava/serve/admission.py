@@ -74,17 +74,20 @@ class Admission:
 
         Args:
             key: id of the client; keys are served in turn.
-            num_sequences: sequences of the request; more than fit count as all.
+            num_sequences: sequences of the request; more than the server runs count as all.
             max_running: largest number of running sequences of this key.
 
         Raises:
-            RequestError: too many requests wait, or the server is draining.
+            RequestError: the request has more sequences than its key may run, too many requests wait, or the server is
+                draining.
         """
         if self.is_draining:
             raise draining()
-        largest = min(self.max_running, max_running or self.max_running)
-        place = Place(key, min(num_sequences, largest), max_running)
-        if self.num_waiting == 0 and self._fits(place):
+        if max_running is not None and num_sequences > max_running:
+            reason = f"n is {num_sequences}; this key may have {max_running} running sequences"
+            raise RequestError("invalid_value", reason, param="n")
+        place = Place(key, min(num_sequences, self.max_running), max_running)
+        if self._fits(place) and not self._is_behind(place):
             self._grant(place)
             return place
         if self.num_waiting >= self.max_waiting:
@@ -147,6 +150,10 @@ class Admission:
 
     def _fits(self, place: Place) -> bool:
         return self.num_running + place.num_sequences <= self.max_running and self._key_fits(place)
+
+    def _is_behind(self, place: Place) -> bool:
+        """Return whether a place waits behind one of its key, or of a key below its own limit."""
+        return place.key in self._by_key or any(self._key_fits(places[0]) for places in self._by_key.values())
 
     def _key_fits(self, place: Place) -> bool:
         running = self._running_of.get(place.key, 0)

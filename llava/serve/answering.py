@@ -14,10 +14,10 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from llava.errors import ConfigError, DataError, LlavaError, MissingDependency, PromptTooLongError
+from llava.errors import ConfigError, DataError, LlavaError, MemoryLimitError, MissingDependency, PromptTooLongError
 from llava.generation.prompt_encoder import CHARACTERS_PER_TOKEN
 from llava.generation.protocol import Prompt, Sampling
-from llava.serve.admission import Admission, timed_out
+from llava.serve.admission import Admission, Place, timed_out
 from llava.serve.failures import RequestError, internal_error
 from llava.serve.gate import RequestRecord
 from llava.serve.image_inputs import ImageLimits, read_images, refused_image
@@ -25,6 +25,10 @@ from llava.serve.messages import ImageInput, SamplingFields
 from llava.serve.wake_ups import WakeUps
 
 logger = logging.getLogger(__name__)
+
+
+FREE_SECONDS = 0.5
+"""Interval in which a request whose client is slow to read is checked for its end, which frees its place."""
 
 
 class SubmittingEngine(Protocol):
@@ -147,7 +151,7 @@ class AnswerService:
         Raises:
             RequestError: the request is refused, fails, or takes too long.
         """
-        deadline = time.monotonic() + self.request_seconds
+        deadline = record.deadline = time.monotonic() + self.request_seconds
         key = record.key
         with self.admission.reading():
             reading = asyncio.ensure_future(self._prompt(job, record))
@@ -161,13 +165,13 @@ class AnswerService:
         with self.admission.place(record.key_id, sampling.n, max_running=limit) as place:
             async for _ in self.admission.waits(place, deadline=deadline, beat=beat):
                 yield None
-            answers = self._answers(prompt, sampling, record, deadline=deadline, beat=beat)
+            answers = self._answers(prompt, sampling, record, place, deadline=deadline, beat=beat)
             async with aclosing(answers):
                 async for news in answers:
                     yield news
 
     async def _answers(
-        self, prompt: Prompt, sampling: Sampling, record: RequestRecord, *, deadline: float, beat: float
+        self, prompt: Prompt, sampling: Sampling, record: RequestRecord, place: Place, *, deadline: float, beat: float
     ) -> AsyncGenerator[Answering | None, None]:
         news, loop = asyncio.Event(), asyncio.get_running_loop()
 
@@ -175,6 +179,15 @@ class AnswerService:
             self._wake_ups.set(loop, news)
 
         handle = self._submit(prompt, sampling, record.key_id, notify)
+        timer: asyncio.TimerHandle | None = None
+
+        def free_if_over() -> None:
+            nonlocal timer
+            timer = None if handle.is_over else loop.call_later(FREE_SECONDS, free_if_over)
+            if timer is None:
+                self.admission.leave(place)
+
+        free_if_over()
         try:
             num_left = sampling.n
             while num_left:
@@ -199,6 +212,8 @@ class AnswerService:
                     yield Answering(event, handle)
         finally:
             handle.cancel()
+            if timer is not None:
+                timer.cancel()
 
     def _submit(self, prompt: Prompt, sampling: Sampling, key: str, notify: Callable[[], None]) -> Any:
         try:
@@ -234,7 +249,7 @@ class AnswerService:
                 f"max_tokens is {fields.max_new_tokens}; the context of the model has {self.model.context} tokens",
                 param="max_tokens",
             )
-        return replace(fields.sampling(self.model.context), top_logprobs=job.top_logprobs)
+        return replace(fields.sampling(), top_logprobs=job.top_logprobs)
 
     def _check_texts(self, job: AnswerJob) -> None:
         limit = CHARACTERS_PER_TOKEN * self.model.context
@@ -288,7 +303,7 @@ def special_pattern(tokens: Iterable[str]) -> re.Pattern[str]:
 def failure_of(event: Any, request_id: str) -> RequestError:
     """Return the error of a request whose answer failed."""
     cause = event.cause
-    if isinstance(cause, PromptTooLongError):
+    if isinstance(cause, PromptTooLongError | MemoryLimitError):
         return RequestError("context_length_exceeded", str(cause), param="messages")
     if isinstance(cause, MissingDependency) or (isinstance(cause, DataError) and str(cause).startswith("image")):
         return refused_image(cause)

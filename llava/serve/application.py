@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
@@ -103,16 +104,17 @@ def make_app(title: str, metrics: ServerMetrics, health: Health) -> FastAPI:
 
 def guarded(app: FastAPI, settings: GateSettings, metrics: ServerMetrics, *, origins: Sequence[str] = ()) -> ASGIApp:
     """Return the application with its gate; pages of `origins` may call it from browsers."""
-    inner: ASGIApp = app
-    if origins:
-        inner = CORSMiddleware(
-            app,
-            allow_origins=list(origins),
-            allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type", "x-request-id"],
-            expose_headers=["x-request-id", "Retry-After"],
-        )
-    return Gate(inner, settings, metrics)
+    if not origins:
+        return Gate(app, settings, metrics)
+    # Also a page that lacks a key, or asks too often, may read why.
+    cors = partial(
+        CORSMiddleware,
+        allow_origins=list(origins),
+        allow_methods=["GET", "POST"],
+        allow_headers=["Authorization", "Content-Type", "x-request-id"],
+        expose_headers=["x-request-id", "Retry-After"],
+    )
+    return Gate(app, settings, metrics, around=cors)
 
 
 def _state(problem: str) -> Response:

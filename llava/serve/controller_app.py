@@ -16,10 +16,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
 from llava.errors import ConfigError
+from llava.serve.addresses import is_loopback
 from llava.serve.admission import Admission
 from llava.serve.application import RESPONSES, Health, add_model_routes, body_schema, guarded, make_app
 from llava.serve.failures import RequestError
-from llava.serve.gate import GateSettings, is_loopback, read_body, record_of
+from llava.serve.gate import AUDITED_HEADER, GateSettings, read_body, record_of
 from llava.serve.keys import CLUSTER_HEADER
 from llava.serve.messages import parse_json
 from llava.serve.metrics import ServerMetrics
@@ -69,10 +70,9 @@ class Controller:
         self.cluster_members: set[str] = set()
 
     async def watch(self) -> None:
-        """Drop silent workers, until canceled."""
+        """Drop silent workers and end their requests, until canceled."""
         while True:
-            for name in self.registry.expire():
-                logger.warning("worker %s has been silent for too long and is dropped", name)
+            self.forwarder.expire()
             await asyncio.sleep(EXPIRY_CHECK_SECONDS)
 
     async def register(self, name: str, status: WorkerStatus | None, *, check_heart_beat: bool) -> None:
@@ -141,7 +141,8 @@ def make_controller_app(controller: Controller) -> ASGIApp:
         {
             "llava_requests_running": lambda: admission.num_running,
             "llava_workers": lambda: len(registry.names),
-        }
+        },
+        has_model=False,
     )
     health = Health(
         problem=lambda: "draining" if admission.is_draining else "",
@@ -179,6 +180,8 @@ def _add_registry_routes(app: FastAPI, controller: Controller) -> None:
     async def register(request: Request) -> None:
         fields = await _fields(request, "worker_name")
         name = _worker_name(request, controller, fields["worker_name"])
+        if AUDITED_HEADER in request.headers:
+            controller.forwarder.auditing.add(name)
         checks = fields.get("check_heart_beat", True)
         if not isinstance(checks, bool):
             raise RequestError("invalid_value", "check_heart_beat must be true or false", param="check_heart_beat")
@@ -239,7 +242,10 @@ def _add_answer_routes(app: FastAPI, controller: Controller) -> None:
         record_of(request).model = name
         place = controller.admission.enter(record_of(request).key_id, 1)
         try:
-            response = await controller.forwarder.forward(request, body, name, affinity_of(fields))
+            prompt = fields.get("prompt")
+            response = await controller.forwarder.forward(
+                request, body, name, affinity_of(fields), prompt=prompt if isinstance(prompt, str) else ""
+            )
         except BaseException:
             controller.admission.leave(place)
             raise

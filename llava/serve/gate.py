@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import logging
 import re
 import time
@@ -17,12 +16,12 @@ import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from llava.serve.addresses import comes_from_here, header_map, host_name, is_same_address
 from llava.serve.audit import AuditLog, now_text
 from llava.serve.failures import RequestError, internal_error
 from llava.serve.keys import CLUSTER_HEADER, ApiKey, KeyRing, same_key
@@ -57,6 +56,7 @@ class RequestRecord:
     Attributes:
         code: `ok`, a code of an error, or `LEFT`.
         is_audited: whether another server wrote the audit line.
+        deadline: when the answer must be complete, by `time.monotonic`; None where no server here knows it.
     """
 
     request_id: str
@@ -74,6 +74,7 @@ class RequestRecord:
     started: float = field(default_factory=time.monotonic)
     time: str = field(default_factory=now_text)
     first_token: float | None = None
+    deadline: float | None = None
 
     @property
     def key_id(self) -> str:
@@ -131,11 +132,19 @@ class GateSettings:
 class Gate:
     """ASGI middleware around all routes of a server."""
 
-    def __init__(self, app: ASGIApp, settings: GateSettings, metrics: ServerMetrics) -> None:
-        """Guard `app`."""
+    def __init__(
+        self,
+        app: ASGIApp,
+        settings: GateSettings,
+        metrics: ServerMetrics,
+        *,
+        around: Callable[[ASGIApp], ASGIApp] | None = None,
+    ) -> None:
+        """Guard `app`; `around` adds a middleware behind the check of the host and in front of all others."""
         self.app = app
         self.settings = settings
         self.metrics = metrics
+        self._rest: ASGIApp = self._answer if around is None else around(self._answer)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection."""
@@ -159,12 +168,11 @@ class Gate:
         sender, receiver = _Sender(send, own), _Receiver(receive)
         try:
             try:
-                self._check(scope, headers, record)
+                self._check_host(scope, headers)
             except RequestError as error:
-                response = await refusal(Request(scope, receiver), error)
-                await response(scope, receiver, sender)
+                await _refuse(error, scope, receiver, sender)
                 return
-            await self.app(scope, receiver, sender)
+            await self._rest(scope, receiver, sender)
         except ClientDisconnect:
             record.code = LEFT
         except asyncio.CancelledError:
@@ -180,9 +188,16 @@ class Gate:
         finally:
             self._close(record)
 
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            self._check(scope, header_map(scope), scope["state"]["record"])
+        except RequestError as error:
+            await _refuse(error, scope, receive, send)
+            return
+        await self.app(scope, receive, send)
+
     def _check(self, scope: Scope, headers: dict[str, str], record: RequestRecord) -> None:
-        """Raise `RequestError` for a foreign host name or a missing key."""
-        self._check_host(scope, headers)
+        """Raise `RequestError` for a missing key or too many requests."""
         path = scope["path"]
         is_local = comes_from_here(scope, headers)
         in_cluster = self._has_cluster_key(headers)
@@ -200,7 +215,7 @@ class Gate:
     def _check_host(self, scope: Scope, headers: dict[str, str]) -> None:
         name = host_name(headers.get("host", ""))
         own = str((scope.get("server") or ("", 0))[0] or "").lower()
-        if name in ("localhost", *self.settings.hosts) or _same_address(name, own):
+        if name in ("localhost", *self.settings.hosts) or is_same_address(name, own):
             return
         # Otherwise a site whose host name resolves to this machine (DNS rebinding) could send requests.
         raise RequestError("invalid_value", "the Host header names another server; see --public-host", param="Host")
@@ -252,45 +267,6 @@ class _Receiver:
         message = await self.receive()
         self.has_ended = self.has_ended or not message.get("more_body", False)
         return message
-
-
-def header_map(scope: Scope) -> dict[str, str]:
-    """Return the headers by lower-case name; the last of equal names counts."""
-    return {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-
-
-def host_name(header: str) -> str:
-    """Return the host in a Host header, in lower case and without the port."""
-    try:
-        return (urlsplit(f"//{header}").hostname or "") if "@" not in header and "/" not in header else ""
-    except ValueError:
-        return ""
-
-
-def is_loopback(host: str) -> bool:
-    """Return whether a host is this machine by its name or its address."""
-    if host.lower() == "localhost":
-        return True
-    try:
-        address = ipaddress.ip_address(host.split("%", 1)[0])
-    except ValueError:
-        return False
-    mapped = getattr(address, "ipv4_mapped", None)
-    return bool((mapped or address).is_loopback)
-
-
-def comes_from_here(scope: Scope, headers: Mapping[str, str]) -> bool:
-    """Return whether a request was made on this machine, and not by a proxy on behalf of others."""
-    if any(name in headers for name in ("x-forwarded-for", "forwarded", "x-real-ip")):
-        return False
-    client = str((scope.get("client") or ("", 0))[0])
-    own = str((scope.get("server") or ("", 0))[0] or "")
-    return bool(client) and (is_loopback(client) or client == own)
-
-
-def _same_address(name: str, own: str) -> bool:
-    """Return whether a host is the connection's own address; locally, any loopback address counts."""
-    return bool(name) and (name == own or (is_loopback(name) and is_loopback(own)))
 
 
 def error_response(error: RequestError, record: RequestRecord) -> Response:
@@ -353,6 +329,11 @@ async def refusal(request: Request, error: RequestError) -> Response:
             while has_body and left > 0 and not getattr(receive, "has_ended", True):
                 left -= len((await receive()).get("body", b""))
     return error_response(error, record_of(request))
+
+
+async def _refuse(error: RequestError, scope: Scope, receive: Receive, send: Send) -> None:
+    response = await refusal(Request(scope, receive), error)
+    await response(scope, receive, send)
 
 
 async def unless_left(request: Request, work: Coroutine[Any, Any, Result]) -> Result:

@@ -10,6 +10,7 @@ from typing import Any
 import httpx2
 
 from llava.serve.client import client_headers
+from llava.serve.gate import AUDITED_HEADER
 
 logger = logging.getLogger(__name__)
 
@@ -32,14 +33,17 @@ class Heart:
         self.status = status
         self.cluster_key = cluster_key
         self.is_registered = False
+        self._has_left = False
+        self._beating = asyncio.Lock()
         self._has_complained = False
 
     async def beat(self) -> None:
-        """Register and report every `BEAT_SECONDS`, until canceled."""
+        """Register and report every `BEAT_SECONDS`, until canceled or until the worker leaves."""
         async with self._client() as http:
-            while True:
+            while not self._has_left:
                 try:
-                    await self._beat_once(http)
+                    async with self._beating:
+                        await self._beat_once(http)
                     wait = BEAT_SECONDS
                 except (httpx2.HTTPError, httpx2.InvalidURL, ValueError) as error:
                     self._complain(f"{type(error).__name__}")
@@ -48,9 +52,11 @@ class Heart:
                 await asyncio.sleep(wait)
 
     async def leave(self) -> None:
-        """Tell the controller that the worker takes no more requests."""
+        """Tell the controller that the worker takes no more requests; no later beat registers it again."""
+        self._has_left = True
         try:
-            async with self._client() as http:
+            # A registration that is on its way must not arrive after the farewell.
+            async with self._beating, self._client() as http:
                 await self._post(http, "/unregister_worker", {"worker_name": self.worker})
         except (httpx2.HTTPError, httpx2.InvalidURL, ValueError):
             return  # it drops workers that cannot be reached
@@ -60,7 +66,7 @@ class Heart:
             body = {"worker_name": self.worker, "queue_length": self.status()["queue_length"]}
             found = await self._post(http, "/receive_heart_beat", body)
             self.is_registered = isinstance(found, dict) and found.get("exist") is True
-        if not self.is_registered:
+        if not self.is_registered and not self._has_left:
             body = {"worker_name": self.worker, "check_heart_beat": True, "worker_status": self.status()}
             await self._post(http, "/register_worker", body)
             self.is_registered = True
@@ -74,7 +80,7 @@ class Heart:
         return response.json()
 
     def _client(self) -> httpx2.AsyncClient:
-        headers = client_headers(self.cluster_key)
+        headers = {**client_headers(self.cluster_key), AUDITED_HEADER: "1"}
         return httpx2.AsyncClient(headers=headers, timeout=ANSWER_SECONDS, trust_env=False)
 
     def _complain(self, reason: str) -> None:

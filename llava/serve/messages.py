@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from llava.constants import IMAGE_TOKEN
 from llava.errors import ConfigError
-from llava.generation.protocol import History, Sampling
+from llava.generation.protocol import UNLIMITED, History, Sampling
 from llava.imaging.dicom.policy import DicomPolicy
 from llava.samples import Conversation, Turn
 from llava.serve.failures import RequestError
@@ -96,14 +96,14 @@ class RawRequest:
 
 @dataclass(frozen=True, slots=True)
 class SamplingFields:
-    """Sampling parameters of a request; without a limit of tokens the answer may fill the context."""
+    """Sampling parameters of a request; without a limit of tokens the answer may fill context and memory."""
 
     max_new_tokens: int | None
     others: Mapping[str, Any]
 
-    def sampling(self, context: int) -> Sampling:
-        """Return the parameters for a model with a context of this many tokens."""
-        return Sampling(max_new_tokens=self.max_new_tokens or context, **self.others)
+    def sampling(self) -> Sampling:
+        """Return the parameters for an engine."""
+        return Sampling(max_new_tokens=self.max_new_tokens or UNLIMITED, **self.others)
 
 
 def parse_json(body: bytes) -> dict[str, Any]:

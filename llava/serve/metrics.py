@@ -18,7 +18,7 @@ GAUGES = {
     "llava_prefix_cache_bytes": "bytes of keys and values, and of preprocessed images, kept for later requests",
     "llava_workers": "workers",
 }
-COUNTERS = {
+COUNTERS_OF_MODEL = {
     "llava_prompt_tokens": "tokens of prompts, images included",
     "llava_prompt_tokens_cached": "tokens of prompts that were not computed again",
     "llava_generated_tokens": "tokens of answers",
@@ -27,9 +27,9 @@ COUNTERS = {
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 HISTOGRAMS = {
     "llava_time_to_first_token_seconds": "seconds from a request to its first token",
-    "llava_step_seconds": "seconds of a step of the engine",
     "llava_request_seconds": "seconds of a request",
 }
+HISTOGRAMS_OF_MODEL = {"llava_step_seconds": "seconds of a step of the engine"}
 
 
 class ServerMetrics:
@@ -39,46 +39,45 @@ class ServerMetrics:
         content_type: content type of `text`.
     """
 
-    def __init__(self, gauges: Mapping[str, Callable[[], float]]) -> None:
-        """Create all metrics.
+    def __init__(self, gauges: Mapping[str, Callable[[], float]], *, has_model: bool = True) -> None:
+        """Create the metrics that the server knows.
 
         Args:
-            gauges: functions that return current values, by names of `GAUGES`; the others are 0.
+            gauges: functions that return current values, by names of `GAUGES`; the others are left out.
+            has_model: whether a model answers here; otherwise tokens, images and steps are left out.
         """
         client = require("prometheus_client", "serve")
         self._registry = client.CollectorRegistry(auto_describe=True)
-        for name, text in GAUGES.items():
-            client.Gauge(name, text, registry=self._registry).set_function(gauges.get(name, _zero))
+        for name, value in gauges.items():
+            client.Gauge(name, GAUGES[name], registry=self._registry).set_function(value)
+        counters = COUNTERS_OF_MODEL if has_model else {}
         self._counters: dict[str, Any] = {
-            name: client.Counter(name, text, registry=self._registry) for name, text in COUNTERS.items()
+            name: client.Counter(name, text, registry=self._registry) for name, text in counters.items()
         }
         self._requests = client.Counter(
             "llava_requests", "requests for an answer", ["protocol", "code"], registry=self._registry
         )
         self._histograms: dict[str, Any] = {
             name: client.Histogram(name, text, buckets=SECONDS, registry=self._registry)
-            for name, text in HISTOGRAMS.items()
+            for name, text in {**HISTOGRAMS, **(HISTOGRAMS_OF_MODEL if has_model else {})}.items()
         }
         self._write = client.generate_latest
         self.content_type: str = client.CONTENT_TYPE_LATEST
 
     def add(self, name: str, number: int) -> None:
-        """Add to a counter of `COUNTERS`."""
-        self._counters[name].inc(number)
+        """Add to a counter of `COUNTERS_OF_MODEL`; nothing without a model."""
+        if name in self._counters:
+            self._counters[name].inc(number)
 
     def count_request(self, protocol: str, code: str) -> None:
         """Count a request that is over."""
         self._requests.labels(protocol=protocol, code=code).inc()
 
     def observe(self, name: str, seconds: float) -> None:
-        """Add a value to a histogram of `HISTOGRAMS`."""
+        """Add a value to a histogram."""
         self._histograms[name].observe(seconds)
 
     def text(self) -> bytes:
         """Return all metrics as text."""
         text: bytes = self._write(self._registry)
         return text
-
-
-def _zero() -> float:
-    return 0.0

@@ -85,7 +85,7 @@ def make_page_app(
 
     page = ChatPage(server, num_handlers=num_handlers, is_embedded=is_embedded)
     page.blocks.queue(default_concurrency_limit=num_handlers, api_open=False)
-    metrics = ServerMetrics({})
+    metrics = ServerMetrics({}, has_model=False)
     is_draining = server.admission
     app = make_app("llava page", metrics, Health(lambda: "draining" if is_draining.is_draining else "", lambda: ""))
     mounted = gradio.mount_gradio_app(

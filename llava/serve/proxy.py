@@ -6,18 +6,21 @@ request --Registry.choose--> worker --first piece--> client
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx2
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from llava.serve.failures import RequestError
+from llava.serve.first_content import ContentSearch
+from llava.serve.flights import Flight, Flights
 from llava.serve.gate import AUDITED_HEADER, RequestRecord, record_of, unless_left
 from llava.serve.registry import Registry
 from llava.serve.streams import PieceStream
@@ -38,10 +41,11 @@ BUSY = {"draining", "queue_full"}
 class WorkerAnswer:
     """Answer of a worker whose first piece has arrived."""
 
-    worker: str
+    flight: Flight
     response: httpx2.Response
     first: bytes
     pieces: Any
+    arrived: float = field(default_factory=time.monotonic)
 
     @property
     def code(self) -> str:
@@ -74,9 +78,14 @@ class Forwarder:
         self.registry = registry
         self.http = http
         self.headers_of = headers_of
+        self.flights = Flights(registry.clock)
+        self.auditing: set[str] = set()
+        """Workers that write the audit lines of the requests that reach them."""
 
-    async def forward(self, request: Request, body: bytes, model: str, affinity: str | None) -> Response:
-        """Return the answer of a worker for `model`.
+    async def forward(
+        self, request: Request, body: bytes, model: str, affinity: str | None, *, prompt: str = ""
+    ) -> Response:
+        """Return the answer of a worker for `model`; `prompt` is that of the old protocol.
 
         Raises:
             RequestError: no worker serves the model, or all of them were lost.
@@ -85,19 +94,23 @@ class Forwarder:
         refused: WorkerAnswer | None = None
         while name := self.registry.choose(model, excluded=tried, affinity=affinity):
             tried.add(name)
+            flight = self.flights.begin(name)
             try:
-                answer = await unless_left(request, self._ask(name, request, body))
+                answer = await unless_left(request, flight.wait(self._ask(flight, request, body)))
             except httpx2.HTTPError:
+                self.flights.end(flight)
                 self.drop(name)
                 continue
-            except BaseException:
-                self.registry.finish(name)
+            except BaseException as error:
+                if isinstance(error, ClientDisconnect | asyncio.CancelledError):
+                    record_of(request).is_audited = flight.is_sent and name in self.auditing
+                self._finish(flight)
                 raise
             if answer.code in BUSY:
                 await self._close(answer)
                 refused = answer
                 continue
-            return self._passed_on(request, answer)
+            return self._passed_on(request, answer, prompt)
         if refused is not None:
             record_of(request).code = refused.code
             record_of(request).is_audited = AUDITED_HEADER in refused.response.headers
@@ -110,38 +123,51 @@ class Forwarder:
         """Forget a worker that cannot be reached."""
         if self.registry.remove(name):
             logger.warning("worker %s cannot be reached and is dropped", name)
+            self.flights.note_unreachable(name)
 
-    async def _ask(self, name: str, request: Request, body: bytes) -> WorkerAnswer:
+    def expire(self) -> None:
+        """Drop workers that are silent, and end the requests at workers that are gone."""
+        for name in self.registry.expire():
+            logger.warning("worker %s has been silent for too long and is dropped", name)
+            self.flights.lose(name)
+        self.flights.lose_unreachable(self.registry.names, self.registry.expiry_seconds)
+
+    async def _ask(self, flight: Flight, request: Request, body: bytes) -> WorkerAnswer:
         """Return the answer of a worker once its first piece is here."""
+        name = flight.worker
         headers = {key: request.headers[key] for key in PASSED_ON if key in request.headers}
         headers["x-request-id"] = record_of(request).request_id
         headers |= self.headers_of(name)
         timeout = httpx2.Timeout(None, connect=CONNECT_SECONDS)
         asked = self.http.build_request(
-            "POST", name.rstrip("/") + request.url.path, content=body, headers=headers, timeout=timeout
+            "POST",
+            name.rstrip("/") + request.url.path,
+            content=body,
+            headers=headers,
+            timeout=timeout,
+            extensions={"trace": flight.trace},
         )
         response = await self.http.send(asked, stream=True)
         try:
             if not _is_stream(response):
-                return WorkerAnswer(name, response, await response.aread(), None)
+                return WorkerAnswer(flight, response, await response.aread(), None)
             pieces = response.aiter_bytes()
-            return WorkerAnswer(name, response, await anext(pieces, b""), pieces)
+            return WorkerAnswer(flight, response, await anext(pieces, b""), pieces)
         except BaseException:
             await response.aclose()
             raise
 
-    def _passed_on(self, request: Request, answer: WorkerAnswer) -> Response:
+    def _passed_on(self, request: Request, answer: WorkerAnswer, prompt: str) -> Response:
         record, response = record_of(request), answer.response
         record.code = answer.code
         record.is_audited = AUDITED_HEADER in response.headers
-        record.first_token = time.monotonic()
         if answer.pieces is None:
-            self.registry.finish(answer.worker)
+            self._finish(answer.flight)
             return Response(answer.first, response.status_code, headers=_headers(response))
         on_error = RequestError.frame if record.protocol == "llava" else error_piece
         stream = PieceStream(
             answer.first,
-            self._pieces(answer, record),
+            self._pieces(answer, record, ContentSearch(record.protocol, prompt)),
             media_type=response.headers["content-type"],
             on_error=on_error,
             close=lambda: self._close(answer),
@@ -150,20 +176,30 @@ class Forwarder:
         stream.headers.update(_headers(response))
         return stream
 
-    async def _pieces(self, answer: WorkerAnswer, record: RequestRecord) -> AsyncGenerator[bytes, None]:
+    async def _pieces(
+        self, answer: WorkerAnswer, record: RequestRecord, search: ContentSearch
+    ) -> AsyncGenerator[bytes, None]:
+        if search.finds(answer.first):
+            record.first_token = answer.arrived
         try:
-            async for piece in answer.pieces:
+            while piece := await answer.flight.wait(anext(answer.pieces, b"")):
                 if (code := code_of(piece)) != "ok":
                     record.code = code
+                if record.first_token is None and search.finds(piece):
+                    record.first_token = time.monotonic()
                 yield piece
         except httpx2.HTTPError:
-            self.drop(answer.worker)
+            self.drop(answer.flight.worker)
             record.is_audited = False
             raise worker_lost() from None
 
     async def _close(self, answer: WorkerAnswer) -> None:
-        self.registry.finish(answer.worker)
+        self._finish(answer.flight)
         await answer.response.aclose()
+
+    def _finish(self, flight: Flight) -> None:
+        self.flights.end(flight)
+        self.registry.finish(flight.worker)
 
 
 def error_piece(error: RequestError) -> bytes:

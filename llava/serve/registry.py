@@ -100,12 +100,14 @@ class Registry:
         dispatch: key of `DISPATCH`.
         draw: random numbers of the lottery.
         affinity_slack: requests by which the queue of a preferred worker may be longer than the shortest one.
+        expiry_seconds: silence after which a worker with heartbeats is dropped.
     """
 
     clock: Callable[[], float]
     dispatch: str = "shortest_queue"
     draw: random.Random = field(default_factory=random.Random)
     affinity_slack: int = 4
+    expiry_seconds: float = EXPIRY_SECONDS
     _workers: dict[str, _Worker] = field(default_factory=dict)
     _preferred: dict[str, str] = field(default_factory=dict)
 
@@ -144,7 +146,7 @@ class Registry:
 
     def expire(self) -> list[str]:
         """Drop the workers that have been silent for too long; return their names."""
-        limit = self.clock() - EXPIRY_SECONDS
+        limit = self.clock() - self.expiry_seconds
         silent = [name for name, one in self._workers.items() if one.checks_heart_beat and one.last_beat < limit]
         for name in silent:
             self.remove(name)

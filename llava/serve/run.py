@@ -39,6 +39,7 @@ MORE_HELP = {
     "addresses": ("--worker-port",),
     "access": ("--cluster-key", "--cors-origin"),
     "limits": ("--kv-cache-mb", "--prefix-cache-mb", "--prefill-chunk", "--share-prefix-cache", "--drain-seconds"),
+    "records": ("--log-folder",),
 }  # fmt: skip
 """Options that `llava serve --help all` shows too, by the same topics."""
 
@@ -52,6 +53,7 @@ def make_parser() -> Parser:
     parser.add_argument("--page-port", type=int, help="port of the page; default: --port + 2")
     parser.add_switch("--no-page", help="start no web page")
     parser.add_switch("--log-conversations", help="store votes and conversations of the page; they identify patients")
+    parser.add_argument("--log-folder", type=Path, default=Path("."), help="folder of --log-conversations")
     add_model_options(parser)
     add_queue_options(parser)
     add_guard_options(parser)
@@ -106,6 +108,7 @@ def services_of(args: argparse.Namespace) -> list[Service]:
     if not args.no_page:
         page_words = ["--host", args.host, "--port", str(page_port), "--controller-url", api]
         page_words += [word for host in args.public_host for word in ("--public-host", host)]
+        page_words += ["--drain-seconds", str(args.drain_seconds), "--log-folder", str(args.log_folder)]
         page_words += ["--log-conversations"] if args.log_conversations else []
         services.append(
             Service("page", "llava.serve.gradio_web_server", page_words, url_of(name, page_port), ready_path="/ready")

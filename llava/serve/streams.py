@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from llava.serve.failures import RequestError, internal_error
 from llava.serve.gate import LEFT, RequestRecord, log_failure, record_of, unless_left
+
+STALL_SECONDS = 600.0
+"""Time in which a client reads a piece, where a controller does not know the deadline of its worker."""
+
+LAST_SECONDS = 1.0
+"""Time for the last piece after the deadline, which says that it has passed."""
 
 
 class PieceStream(Response):
@@ -45,7 +53,9 @@ class PieceStream(Response):
         request = Request(scope, receive)
         record = record_of(request)
         try:
-            await unless_left(request, self._send(send, record))
+            await unless_left(request, self._send(_bounded(send, record), record))
+        except TimeoutError:
+            record.code = "timeout"
         except (ClientDisconnect, OSError):
             record.code = LEFT
         finally:
@@ -69,6 +79,17 @@ class PieceStream(Response):
     async def _send_error(self, send: Send, error: RequestError, record: RequestRecord) -> None:
         record.code = error.code
         await send({"type": "http.response.body", "body": self.on_error(error), "more_body": True})
+
+
+def _bounded(send: Send, record: RequestRecord) -> Send:
+    """Return `send` with a limit of time, so that a client that does not read holds nothing for ever."""
+
+    async def bounded(message: Message) -> None:
+        left = STALL_SECONDS if record.deadline is None else record.deadline - time.monotonic()
+        async with asyncio.timeout(max(left, LAST_SECONDS)):
+            await send(message)
+
+    return bounded
 
 
 async def with_first(

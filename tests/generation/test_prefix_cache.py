@@ -19,7 +19,8 @@ from llava.generation.chunked_prefill import ChunkedScheduler
 from llava.generation.engine import LocalEngine
 from llava.generation.pace import Pace
 from llava.generation.prefix_cache import KeyValues, PrefixCache, identities_of, joined, parts_between
-from llava.generation.protocol import Completion, Prompt, Sampling, Script
+from llava.generation.protocol import UNLIMITED, Completion, Prompt, Sampling, Script
+from llava.generation.slot_memory import MIN_ANSWER
 from llava.model.builder import LoadedModel
 from llava.samples import Conversation, Turn
 from tests.support.generation_tools import ask, assert_same_answers, engine_of, mixed_prompts, one
@@ -250,9 +251,12 @@ def test_a_prompt_on_which_the_model_fails_ends_alone(loaded: LoadedModel) -> No
     assert answers[4].error == "the model failed on this prompt: IndexError: index 7 is out of bounds"
 
 
-@pytest.mark.parametrize("chunk", [None, 32])
-def test_keys_and_values_stay_below_their_limit(loaded: LoadedModel, chunk: int | None) -> None:
-    engine = engine_of(loaded, prefill_chunk=chunk, kv_cache_mb=1)
+@pytest.mark.parametrize(("chunk", "num_samples", "num_new"), [(None, 1, 20), (32, 1, 20), (32, 8, 120)])
+def test_keys_and_values_stay_below_their_limit(
+    loaded: LoadedModel, chunk: int | None, num_samples: int, num_new: int
+) -> None:
+    cache_mb = 1 if num_samples > 1 else 0  # samples that start later find their prompt there
+    engine = engine_of(loaded, prefill_chunk=chunk, kv_cache_mb=1, prefix_cache_mb=cache_mb)
     limit = engine.scheduler.max_kv_bytes = MEGABYTE // 4
     engine.scheduler.runner.cache.limit(limit)
     highest, prompts = 0, [ask(f"Question {number} " + "x" * (number * 37 % 90), number % 3) for number in range(10)]
@@ -264,11 +268,15 @@ def test_keys_and_values_stay_below_their_limit(loaded: LoadedModel, chunk: int 
         return decode(ids)
 
     engine.scheduler.runner.decode = decoding
-    sampling = Sampling(max_new_tokens=20, temperature=1.0, seed=3)
-    found = [answer for [answer] in engine.generate(prompts, sampling)]
-    assert {answer.error for answer in found} == {None} and limit // 4 < highest <= limit
-    wanted = [answer for [answer] in engine_of(loaded).generate(prompts, sampling)]
-    assert_same_answers(engine, prompts, found, wanted, sampling)
+    sampling = Sampling(max_new_tokens=num_new, temperature=1.0, seed=3, n=num_samples)
+    found = engine.generate(prompts, sampling)
+    assert {answer.error for answers in found for answer in answers} == {None} and limit // 4 < highest <= limit
+    wanted = engine_of(loaded).generate(prompts, sampling)
+    for number in range(num_samples):
+        columns = [[answers[number] for answers in each] for each in (found, wanted)]
+        assert_same_answers(engine, prompts, *columns, sampling)
+    [[open_ended]] = engine.generate([ask("x" * 300)], Sampling(max_new_tokens=UNLIMITED))
+    assert open_ended.error is None and len(open_ended.token_ids) > MIN_ANSWER and highest <= limit
     [[long]] = engine.generate([ask("x" * 900)], Sampling(max_new_tokens=400))
     assert "kv-cache-mb" in str(long.error) and "limit is 0.2 MB" in str(long.error)
     assert one(engine, prompts[0], SAMPLING).error is None

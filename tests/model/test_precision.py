@@ -166,7 +166,7 @@ def test_weights_that_would_not_fit_stay(
 ) -> None:
     use_times(monkeypatch, full=FAST, half=SLOW)
     torch.nn.Module.to(tiny.model, torch.bfloat16)
-    monkeypatch.setattr(precision.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    monkeypatch.setattr(precision, "available_memory", lambda: 1000)
     with caplog.at_level(logging.WARNING):
         raise_slow_weights(tiny.model)
     assert precision.weights_precision(tiny.model) == "bfloat16"

@@ -54,6 +54,30 @@ def test_a_key_at_its_own_limit_does_not_hold_up_others() -> None:
     assert granted(*places) == [True, False, True]
 
 
+def test_a_key_at_its_own_limit_does_not_fill_the_queue_of_others() -> None:
+    queue = Admission(max_running=4, max_waiting=2)
+    places = [queue.enter("a", 1, max_running=1) for _ in range(3)]
+    assert granted(*places, queue.enter("b", 2)) == [True, False, False, True]
+    with pytest.raises(RequestError, match="2 requests are waiting"):
+        queue.enter("a", 1, max_running=1)
+    with pytest.raises(RequestError, match="2 requests are waiting"):
+        queue.enter("c", 2)
+
+
+def test_a_place_that_fits_does_not_overtake_one_that_only_waits_for_room() -> None:
+    queue = Admission(max_running=4, max_waiting=2)
+    queue.enter("a", 3)
+    large, small = queue.enter("b", 2), queue.enter("c", 1)
+    assert granted(large, small) == [False, False]
+
+
+def test_a_request_of_more_sequences_than_its_key_may_run_is_refused() -> None:
+    queue = Admission(max_running=32)
+    with pytest.raises(RequestError) as caught:
+        queue.enter("a", 16, max_running=1)
+    assert (caught.value.code, caught.value.param) == ("invalid_value", "n") and queue.num_requests == 0
+
+
 def test_a_large_request_is_not_overtaken_for_ever() -> None:
     queue = Admission(max_running=4)
     small = queue.enter("a", 2)

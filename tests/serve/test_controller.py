@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
 
+from llava.serve.audit import AuditLog
 from llava.serve.controller_app import Controller, affinity_of, make_controller_app
 from llava.serve.failures import RequestError
-from llava.serve.gate import GateSettings
+from llava.serve.first_content import ContentSearch
+from llava.serve.flights import Flights
+from llava.serve.gate import AUDITED_HEADER, GateSettings
 from llava.serve.heartbeat import Heart
 from llava.serve.proxy import code_of, error_piece
 from llava.serve.registry import Registry
@@ -28,17 +33,19 @@ CLUSTER = "0123456789abcdef"
 
 
 @contextmanager
-def controller(*engines: Any, gate: GateSettings | None = None) -> Iterator[tuple[httpx2.Client, Controller]]:
+def controller(
+    *engines: Any, gate: GateSettings | None = None, expiry: float = 30, worker_audit: AuditLog | None = None
+) -> Iterator[tuple[httpx2.Client, Controller]]:
     """Run a controller with a worker for each engine."""
-    made = Controller(Registry(time.monotonic), gate or GateSettings())
+    made = Controller(Registry(time.monotonic, expiry_seconds=expiry), gate or GateSettings())
+    of_worker = GateSettings(marks_audited=True, audit=worker_audit or AuditLog())
     with ExitStack() as stack:
         url = stack.enter_context(served(make_controller_app(made), made.watch))
         client = stack.enter_context(httpx2.Client(base_url=url, timeout=120, trust_env=False))
         for engine in engines:
-            worker = stack.enter_context(served(scripted_app(engine, gate=GateSettings(marks_audited=True))))
-            assert (
-                client.post("/register_worker", json={"worker_name": worker, "check_heart_beat": False}).json() is None
-            )
+            worker = stack.enter_context(served(scripted_app(engine, gate=of_worker)))
+            body, headers = {"worker_name": worker, "check_heart_beat": False}, {AUDITED_HEADER: "1"}
+            assert client.post("/register_worker", json=body, headers=headers).json() is None
         yield client, made
 
 
@@ -138,6 +145,78 @@ def test_the_last_worker_is_lost() -> None:
             assert made.registry.names == []
 
 
+@contextmanager
+def _silent_worker(head: bytes = b"") -> Iterator[str]:
+    """Accept requests, answer with the beginning of a stream at most, and keep the connections open."""
+    connections = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            while True:
+                try:
+                    connections.append(listener.accept()[0])
+                    connections[-1].sendall(head)
+                except OSError:
+                    return
+
+        threading.Thread(target=answer, daemon=True).start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        for connection in connections:
+            connection.close()
+
+
+@pytest.mark.parametrize("path", [CHAT, GENERATE])
+def test_requests_at_a_silent_worker_end_when_it_is_dropped(path: str) -> None:
+    with controller(expiry=0.2) as (client, made), _silent_worker() as url:
+        register(client, url, MODEL)
+        response = client.post(path, json=HELLO if path == CHAT else OLD)
+        if path == CHAT:
+            assert (response.status_code, response.json()["error"]["code"]) == (503, "worker_lost")
+        else:
+            [frame] = frames_of(response.content)
+            assert (frame["error_code"], frame["detail"]) == (3, "worker_lost")
+        assert made.registry.names == [] and made.admission.num_requests == 0
+
+
+def test_requests_at_a_silent_worker_are_given_to_another_one() -> None:
+    with controller(ScriptedEngine(), expiry=0.2) as (client, made), _silent_worker() as url:
+        made.registry.beat(made.registry.names[0], 5)
+        register(client, url, MODEL)
+        assert client.post(CHAT, json=HELLO).json()["choices"][0]["message"]["content"] == "Hello world"
+        assert len(made.registry.names) == 1 and made.registry.status().queue_length == 5
+
+
+def test_a_stream_of_a_silent_worker_ends_with_an_error() -> None:
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n" + b'data: {"choices": []}\n\n'
+    with controller(expiry=0.2) as (client, _), _silent_worker(head) as url:
+        register(client, url, MODEL)
+        first, error = data_of(client.post(CHAT, json={**HELLO, "stream": True}).text)
+        assert first == {"choices": []} and error["error"]["code"] == "worker_lost"
+
+
+def test_requests_at_a_worker_that_cannot_be_reached_end_when_it_stays_away() -> None:
+    times = [0.0]
+    flights = Flights(lambda: times[0])
+
+    async def work() -> None:
+        back, away = flights.begin("back"), flights.begin("away")
+        tasks = [asyncio.create_task(flight.wait(asyncio.sleep(3600))) for flight in (back, away)]
+        await asyncio.sleep(0)
+        for name in ("back", "away"):
+            flights.note_unreachable(name)
+        flights.lose_unreachable(["back"], 30)
+        times[0] = 31.0
+        flights.lose_unreachable(["back"], 30)
+        with pytest.raises(httpx2.ReadTimeout):
+            await tasks[1]
+        assert not tasks[0].done()
+        tasks[0].cancel()
+        with pytest.raises(httpx2.ReadTimeout):
+            await away.wait(asyncio.sleep(3600))
+
+    asyncio.run(work())
+
+
 def _dying_worker(head: bytes) -> Iterator[str]:
     """Answer one request with the beginning of a stream, then close the connection."""
     listener = socket.create_server(("127.0.0.1", 0))
@@ -184,6 +263,53 @@ def test_a_client_that_leaves_the_controller_frees_the_slot_of_the_worker() -> N
         assert until(lambda: made.admission.num_requests == 0 and made.registry.status().queue_length == 0)
 
 
+def test_a_request_whose_client_leaves_early_has_one_audit_line(tmp_path: Path) -> None:
+    engine, log = ScriptedEngine(), AuditLog(tmp_path / "audit")
+    engine.hold.clear()
+    with controller(engine, gate=GateSettings(audit=log), worker_audit=log) as (client, made):
+        with pytest.raises(httpx2.ReadTimeout):
+            client.post(CHAT, json=HELLO, timeout=1)
+        assert until(lambda: made.admission.num_requests == 0 and b"\n" in (tmp_path / "audit").read_bytes())
+        engine.hold.set()
+        assert client.post(CHAT, json=HELLO).status_code == 200
+        assert until(lambda: (tmp_path / "audit").read_bytes().count(b"\n") >= 2)
+    lines = [json.loads(line) for line in (tmp_path / "audit").read_text().splitlines()]
+    assert [line["code"] for line in lines] == ["client_left", "ok"]
+
+
+def test_a_controller_exports_what_it_knows() -> None:
+    engine = ScriptedEngine(["Hello", " world"])
+    with controller(engine) as (client, _):
+        client.post(CHAT, json=HELLO)
+        client.post(CHAT, json={**HELLO, "stream": True})
+        client.post(GENERATE, json=OLD)
+        text = client.get("/metrics").text
+        names = {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")}
+    assert {name for name in names if not name.endswith("_created")} == {
+        "llava_requests_running",
+        "llava_workers",
+        "llava_requests_total",
+        "llava_request_seconds",
+        "llava_time_to_first_token_seconds",
+    }
+    assert "llava_time_to_first_token_seconds_count 2.0" in text and "llava_request_seconds_count 3.0" in text
+
+
+@pytest.mark.parametrize(
+    ("protocol", "pieces", "expected"),
+    [
+        ("openai", [b": wait\n\n", b'data: {"delta":{"role":"assistant","content":""}}\n\n'], []),
+        ("openai", [b": wait\n\n", b'data: {"delta":{"con', b'tent":"a"}}\n\n'], [2]),
+        ("llava", [RequestError("timeout", "a longer text").frame()], []),
+        ("llava", [b'{"text": "ab", "error_code": 0}\0{"te', b'xt": "abc", "error_code": 0}\0'], [1]),
+        ("llava", [b"[]\0", b"5\0"], []),
+    ],
+)
+def test_the_first_content_of_a_stream(protocol: str, pieces: list[bytes], expected: list[int]) -> None:
+    search = ContentSearch(protocol, "ab")
+    assert [number for number, piece in enumerate(pieces) if search.finds(piece)] == expected
+
+
 def test_only_this_machine_and_the_cluster_register_workers() -> None:
     with controller(gate=GateSettings(cluster_key=CLUSTER)) as (client, made):
         assert register(client, "http://10.0.0.1:1", MODEL).status_code == 401
@@ -197,8 +323,6 @@ def test_only_this_machine_and_the_cluster_register_workers() -> None:
 
 @pytest.mark.parametrize("path", ["/register_worker", "/unregister_worker", "/receive_heart_beat"])
 def test_other_machines_need_the_cluster_key(path: str) -> None:
-    import asyncio
-
     async def status(headers: dict[str, str]) -> int:
         app = make_controller_app(Controller(Registry(time.monotonic), GateSettings(cluster_key=CLUSTER)))
         transport = httpx2.ASGITransport(app=app, client=("10.1.2.3", 5))
@@ -219,6 +343,25 @@ def test_a_worker_registers_beats_and_comes_back(monkeypatch: pytest.MonkeyPatch
             assert until(lambda: made.registry.names == ["http://127.0.0.1:9"])
             made.registry.remove("http://127.0.0.1:9")
             assert until(lambda: made.registry.names == ["http://127.0.0.1:9"])
+
+
+def test_a_worker_that_leaves_does_not_register_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llava.serve.heartbeat.BEAT_SECONDS", 0.02)
+    service = scripted_service(ScriptedEngine())
+    with controller() as (client, made):
+        heart = Heart(str(client.base_url).rstrip("/"), "http://127.0.0.1:9", service.status)
+
+        async def work() -> None:
+            beating = asyncio.create_task(heart.beat())
+            while not made.registry.names:
+                await asyncio.sleep(0.005)
+            await heart.leave()
+            assert made.registry.names == []
+            await asyncio.wait_for(beating, 60)  # the beats end, so none of them registers
+            await heart.beat()
+
+        asyncio.run(work())
+        assert made.registry.names == []
 
 
 def test_codes_of_pieces() -> None:

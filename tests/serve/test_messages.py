@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llava.generation.protocol import History
+from llava.generation.protocol import UNLIMITED, History
 from llava.samples import Turn
 from llava.serve.failures import CODES, RequestError
 from llava.serve.messages import parse_chat, parse_generate, parse_json
@@ -154,11 +154,11 @@ def test_images_have_their_place_window_and_frame() -> None:
 
 def test_sampling_parameters() -> None:
     body = {"temperature": 1, "top_p": 0.5, "top_k": 4, "n": 2, "seed": 7, "stop": ["x", "x"], "max_tokens": 9}
-    sampling = parse_chat({**HELLO, **body, "logprobs": True}).sampling.sampling(100)
+    sampling = parse_chat({**HELLO, **body, "logprobs": True}).sampling.sampling()
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.n, sampling.seed) == (1, 0.5, 4, 2, 7)
     assert (sampling.stop, sampling.max_new_tokens, sampling.logprobs) == (("x",), 9, True)
-    default = parse_chat(HELLO).sampling.sampling(100)
-    assert (default.temperature, default.max_new_tokens, default.n) == (0.0, 100, 1)
+    default = parse_chat(HELLO).sampling.sampling()
+    assert (default.temperature, default.max_new_tokens, default.n) == (0.0, UNLIMITED, 1)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ OLD: dict[str, Any] = {"model": "m", "prompt": "Hi"}
     ],
 )
 def test_old_fields(fields: dict[str, Any], expected: tuple[Any, ...]) -> None:
-    sampling = parse_generate({**OLD, **fields}).sampling.sampling(9999)
+    sampling = parse_generate({**OLD, **fields}).sampling.sampling()
     assert (sampling.temperature, sampling.top_p, sampling.max_new_tokens, sampling.stop) == expected
 
 

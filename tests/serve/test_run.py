@@ -16,6 +16,7 @@ import httpx2
 import pytest
 
 from llava.errors import ConfigError
+from llava.serve.gradio_web_server import make_parser as page_parser
 from llava.serve.model_worker import make_parser as worker_parser
 from llava.serve.run import make_parser, services_of
 from llava.serve.supervisor import Service, Supervisor
@@ -51,6 +52,16 @@ def test_the_children_get_the_options(tmp_path: Path) -> None:
     assert (found.prefix_cache_mb, found.prefill_chunk, found.share_prefix_cache) == (7, 512, False)
     assert (found.public_host, found.log_content, found.max_running) == (["a", "b"], True, 32)
     assert found.controller_address == controller.url and found.worker_address == worker.url
+
+
+def test_the_page_gets_the_options(tmp_path: Path) -> None:
+    api, worker, page_port = free_ports(3)
+    words = ["--model-path", str(tmp_path), "--port", str(api), "--worker-port", str(worker)]
+    words += ["--page-port", str(page_port), "--drain-seconds", "7", "--log-conversations", "--log-folder", "/logs"]
+    *_, page = services_of(make_parser().parse_args([*words, "--public-host", "a"]))
+    found = page_parser().parse_args(list(page.words))
+    assert (found.drain_seconds, found.log_conversations, found.log_folder) == (7, True, Path("/logs"))
+    assert (found.controller_url, found.port, found.public_host) == (f"http://127.0.0.1:{api}", page_port, ["a"])
 
 
 def test_wrong_starts_are_one_line(tmp_path: Path) -> None:

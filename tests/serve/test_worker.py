@@ -17,7 +17,7 @@ import httpx2
 import pytest
 from PIL import Image
 
-from llava.errors import DataError, GenerationError, NotUnicodeError, PromptTooLongError
+from llava.errors import DataError, GenerationError, MemoryLimitError, NotUnicodeError, PromptTooLongError
 from llava.serve.audit import AuditLog, check_chain
 from llava.serve.client import split_frames
 from llava.serve.gate import GateSettings
@@ -193,6 +193,7 @@ def test_failures_of_the_old_protocol_are_one_frame(
     ("failure", "status", "code"),
     [
         (PromptTooLongError("the prompt is 500 tokens long"), 400, "context_length_exceeded"),
+        (MemoryLimitError("the answer needs 2 MB; raise --kv-cache-mb"), 400, "context_length_exceeded"),
         (DataError("image given as bytes cannot be decoded"), 400, "bad_image"),
         (DataError("image given as bytes has 9 x 9 pixels, more than the limit of 4"), 400, "image_too_large"),
         (NotUnicodeError("turn 0 is not Unicode"), 400, "invalid_content"),
@@ -257,10 +258,29 @@ def test_pages_of_listed_origins_only_may_ask() -> None:
             assert found == allowed
 
 
-def test_keys(tmp_path: Path) -> None:
-    path = tmp_path / "keys"
+def test_refusals_of_the_gate_can_be_read_by_pages_of_listed_origins(tmp_path: Path) -> None:
+    gate, page = GateSettings(keys=KeyRing(key_file(tmp_path))), "https://page.example"
+    app = make_worker_app(scripted_service(ScriptedEngine()), gate, WordTokenizer(), origins=(page,))
+    with served(app) as url, httpx2.Client(base_url=url, trust_env=False, headers={"Origin": page}) as client:
+        responses = [client.post(CHAT, json=HELLO)]
+        client.headers["Authorization"] = "Bearer sk-1"
+        responses += [client.post(CHAT, json=HELLO) for _ in range(3)]
+        assert [response.status_code for response in responses] == [401, 200, 200, 429]
+        assert {response.headers.get("access-control-allow-origin") for response in responses} == {page}
+        assert all("x-request-id" in response.headers for response in responses)
+        foreign = client.get("/v1/models", headers={"Host": "evil.example"})
+        assert foreign.status_code == 400 and "access-control-allow-origin" not in foreign.headers
+
+
+def key_file(folder: Path) -> Path:
+    path = folder / "keys"
     path.write_text("ward sk-1 rpm=2\n")
     path.chmod(0o600)
+    return path
+
+
+def test_keys(tmp_path: Path) -> None:
+    path = key_file(tmp_path)
     with worker(gate=GateSettings(keys=KeyRing(path))) as client:
         assert client.get("/health").status_code == client.get("/ready").status_code == 200
         assert client.get("/metrics").status_code == client.post("/worker_get_status").status_code == 200
@@ -296,6 +316,17 @@ def test_bodies_are_limited_while_they_are_read(has_length: bool) -> None:
         assert (response.status_code, response.json()["error"]["code"]) == (413, "request_too_large")
         old = client.post(GENERATE, content=content)
         assert old.status_code == 413 and frames_of(old.content)[0]["detail"] == "request_too_large"
+        assert client.post(CHAT, json=HELLO).status_code == 200
+
+
+def test_a_request_of_more_sequences_than_its_key_may_run_is_refused(tmp_path: Path) -> None:
+    path = key_file(tmp_path)
+    path.write_text("ward sk-1 max_running=1\n")
+    with worker(gate=GateSettings(keys=KeyRing(path))) as client:
+        client.headers["Authorization"] = "Bearer sk-1"
+        response = client.post(CHAT, json={**HELLO, "n": 2, "temperature": 1})
+        error = response.json()["error"]
+        assert (response.status_code, error["code"], error["param"]) == (400, "invalid_value", "n")
         assert client.post(CHAT, json=HELLO).status_code == 200
 
 
@@ -354,6 +385,38 @@ def test_a_request_that_takes_too_long() -> None:
         response = client.post(CHAT, json=HELLO)
         assert (response.status_code, response.json()["error"]["code"]) == (504, "timeout")
         assert engine.handles[0].is_cancelled
+
+
+def _ask_without_reading(client: httpx2.Client) -> socket.socket:
+    """Ask for a stream on a connection from which nothing is read."""
+    made = socket.socket()
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    made.connect((client.base_url.host, client.base_url.port))
+    body = json.dumps({**HELLO, "stream": True}).encode()
+    made.sendall(
+        b"POST %s HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n" % (CHAT.encode(), len(body)) + body
+    )
+    return made
+
+
+LARGE = "x" * (1 << 23)
+"""More than the buffers of a connection hold."""
+
+
+def test_a_client_that_stops_reading_holds_no_place_once_its_answers_are_over() -> None:
+    engine = ScriptedEngine([LARGE, "end"])
+    with worker(engine) as client, _ask_without_reading(client):
+        assert until(lambda: bool(engine.handles) and metric(client, "llava_requests_running") == 0)
+        assert metric(client, "llava_requests_total") == 0  # it is still sent
+
+
+def test_a_client_that_stops_reading_is_left_at_the_deadline() -> None:
+    engine = ScriptedEngine([LARGE, "end"])
+    engine.pause_after = 1
+    with worker(engine, request_seconds=1) as client, _ask_without_reading(client):
+        assert until(lambda: metric(client, "llava_requests_total") == 1)
+        assert 'code="timeout"' in client.get("/metrics").text
+        assert engine.handles[0].is_cancelled and metric(client, "llava_requests_running") == 0
 
 
 def test_silence_before_the_first_token_is_bridged(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,6 +145,7 @@ class ScriptedEngine:
                     if self.failure is not None:
                         event.finish, event.error, event.cause = "error", str(self.failure), self.failure
                     handle.events.append(event)
+            handle.is_over = is_last
             if handle.is_cancelled:
                 return
             if number == self.pause_after:
