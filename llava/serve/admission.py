@@ -144,7 +144,9 @@ class Admission:
             if left <= 0:
                 raise timed_out()
             try:
-                await asyncio.wait_for(place.granted.wait(), min(beat, left))
+                # `wait_for` of Python 3.11 would ignore that the client leaves at the moment of the grant.
+                async with asyncio.timeout(min(beat, left)):
+                    await place.granted.wait()
             except TimeoutError:
                 yield
 

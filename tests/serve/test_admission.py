@@ -131,6 +131,29 @@ def test_waiting_beats_until_granted_and_ends_at_the_deadline() -> None:
     run(work())
 
 
+@pytest.mark.parametrize("num_turns", range(4))
+def test_a_client_that_leaves_at_the_moment_of_its_grant_is_not_answered(num_turns: int) -> None:
+    async def work() -> None:
+        queue = Admission(max_running=1)
+        first, second = queue.enter("a", 1), queue.enter("a", 1)
+
+        async def wait() -> None:
+            async for _ in queue.waits(second, deadline=time.monotonic() + 120, beat=60):
+                pass
+
+        task = asyncio.create_task(wait())
+        while not second.granted._waiters:  # type: ignore[attr-defined]
+            await asyncio.sleep(0)
+        queue.leave(first)
+        for _ in range(num_turns):
+            await asyncio.sleep(0)
+        if task.cancel():
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+    run(work())
+
+
 @pytest.mark.parametrize("limits", [{"max_running": 0}, {"max_waiting": -1}])
 def test_limits_out_of_range(limits: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match="--max-running"):
