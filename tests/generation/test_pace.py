@@ -17,7 +17,7 @@ def test_a_piece_takes_a_few_steps() -> None:
     assert pace.num_tokens(512) == FIRST_PIECE and pace.num_tokens(8) == 8
     pace.note_step(0.010)
     pace.note_piece(100, 0.020)
-    assert pace.num_tokens(512) == int(SHARE * 50) and pace.num_tokens(40) == 40
+    assert pace.num_tokens(512) == int(SHARE * 50) and pace.num_tokens(30) == 30
     for _ in range(50):
         pace.note_piece(100, 1.0)  # the machine became slow
     assert pace.num_tokens(512) == MIN_PIECE
