@@ -5,7 +5,7 @@ seconds of decoding steps, seconds of tokens that were read --Pace--> tokens of 
 
 from __future__ import annotations
 
-SHARE = 0.75
+SHARE = 1.0
 """Maximum duration of a piece, in decoding steps."""
 
 MIN_PIECE = 32
