@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
@@ -19,7 +20,6 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from llava.serve.failures import RequestError
-from llava.serve.first_content import ContentSearch
 from llava.serve.flights import Flight, Flights
 from llava.serve.gate import AUDITED_HEADER, RequestRecord, record_of, unless_left
 from llava.serve.registry import Registry
@@ -35,6 +35,9 @@ PASSED_ON = ("authorization", "content-type")
 
 BUSY = {"draining", "queue_full"}
 """Codes after which another worker is asked."""
+
+SOME_CONTENT = re.compile(rb'"content": ?"[^"]')
+"""Text in a chunk of the OpenAI protocol; the first chunk has the role and an empty text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +69,29 @@ def code_of(piece: bytes) -> str:
     error = found.get("error")
     code = error.get("code") if isinstance(error, dict) else found.get("detail") if found.get("error_code") else None
     return code if isinstance(code, str) else "ok"
+
+
+class ContentSearch:
+    """Search for the first text of a streamed answer; its pieces may end anywhere, and roles are no text."""
+
+    def __init__(self, protocol: str, prompt: str) -> None:
+        """Search for text in chunks of `openai`, or for text after the prompt in frames of `llava`."""
+        self._is_old = protocol == "llava"
+        self._num_prompt = len(prompt)
+        self._rest = b""
+
+    def finds(self, piece: bytes) -> bool:
+        """Return whether a chunk or frame that ends in this piece has content."""
+        *whole, self._rest = (self._rest + piece).split(b"\0" if self._is_old else b"\n\n")
+        return any(self._has_text(one) if self._is_old else SOME_CONTENT.search(one) for one in whole)
+
+    def _has_text(self, frame: bytes) -> bool:
+        try:
+            found = json.loads(frame)
+        except ValueError:
+            return False
+        text = found.get("text") if isinstance(found, dict) and found.get("error_code") == 0 else None
+        return isinstance(text, str) and len(text) > self._num_prompt
 
 
 class Forwarder:

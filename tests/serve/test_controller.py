@@ -18,11 +18,10 @@ import pytest
 from llava.serve.audit import AuditLog
 from llava.serve.controller_app import Controller, affinity_of, make_controller_app
 from llava.serve.failures import RequestError
-from llava.serve.first_content import ContentSearch
 from llava.serve.flights import Flights
 from llava.serve.gate import AUDITED_HEADER, GateSettings
 from llava.serve.heartbeat import Heart
-from llava.serve.proxy import code_of, error_piece
+from llava.serve.proxy import ContentSearch, code_of, error_piece
 from llava.serve.registry import Registry
 from tests.serve.test_worker import CHAT, GENERATE, HELLO, OLD, data_of, frames_of
 from tests.support.ports import free_ports
