@@ -180,14 +180,15 @@ def _add_registry_routes(app: FastAPI, controller: Controller) -> None:
     async def register(request: Request) -> None:
         fields = await _fields(request, "worker_name")
         name = _worker_name(request, controller, fields["worker_name"])
-        if AUDITED_HEADER in request.headers:
-            controller.forwarder.auditing.add(name)
         checks = fields.get("check_heart_beat", True)
         if not isinstance(checks, bool):
             raise RequestError("invalid_value", "check_heart_beat must be true or false", param="check_heart_beat")
         given = fields.get("worker_status")
         status = None if given is None else _checked(lambda: WorkerStatus.of(given), "worker_status")
         await controller.register(name, status, check_heart_beat=checks)
+        controller.forwarder.auditing.discard(name)  # another program may have taken the address
+        if AUDITED_HEADER in request.headers:
+            controller.forwarder.auditing.add(name)
 
     async def unregister(request: Request) -> None:
         registry.remove((await _fields(request, "worker_name"))["worker_name"])

@@ -276,6 +276,16 @@ def test_a_request_whose_client_leaves_early_has_one_audit_line(tmp_path: Path) 
     assert [line["code"] for line in lines] == ["client_left", "ok"]
 
 
+def test_the_last_registration_of_an_address_says_whether_its_worker_audits() -> None:
+    name = lost_url()
+    body = {"worker_name": name, "check_heart_beat": True}
+    body["worker_status"] = {"model_names": ["m"], "speed": 1, "queue_length": 0}
+    with controller() as (client, made):
+        assert client.post("/register_worker", json=body, headers={AUDITED_HEADER: "1"}).json() is None
+        assert made.forwarder.auditing == {name}
+        assert register(client, name, "m").json() is None and not made.forwarder.auditing
+
+
 def test_a_controller_exports_what_it_knows() -> None:
     engine = ScriptedEngine(["Hello", " world"])
     with controller(engine) as (client, _):
