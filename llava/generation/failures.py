@@ -45,5 +45,5 @@ def beyond_limit(needed: int, limit: int) -> str:
     """Return the message for a request whose keys and values exceed a limit in bytes."""
     return (
         f"the keys and values of this prompt and its answer need {needed / MEGABYTE:.1f} MB, but the limit is "
-        f"{limit / MEGABYTE:.1f} MB; raise --kv-cache-mb, shorten the prompt or use a smaller max_new_tokens"
+        f"{limit / MEGABYTE:.1f} MB; raise --kv-cache-mb or shorten the prompt"
     )

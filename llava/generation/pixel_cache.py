@@ -53,13 +53,14 @@ class PixelCache:
             with self._lock:
                 if (known := self._found(owner, key)) is not None:
                     return known
+            pixels = None
             try:
                 pixels = make()
             finally:
-                with self._lock:
+                with self._lock:  # at once, so that no thread finds neither the image nor the lock of its making
+                    if pixels is not None:
+                        self._keep(owner, key, pixels)
                     self._making.pop((owner, key), None)
-            with self._lock:
-                self._keep(owner, key, pixels)
         return pixels
 
     def _found(self, owner: str, key: str) -> Pixels | None:

@@ -14,7 +14,10 @@ from llava.generation.protocol import UNLIMITED
 from llava.generation.request import Request
 
 MIN_ANSWER = 16
-"""Tokens that an answer without a limit has at least; a prompt with which fewer fit is refused."""
+"""Tokens that an answer has room for; a prompt with which fewer fit is refused, unless it asks for fewer."""
+
+OPEN_ANSWER = 1024
+"""Tokens for which an answer without a limit may need more than a quarter of the memory."""
 
 
 def last_image(encoded: Encoded) -> int:
@@ -46,23 +49,29 @@ def most_tokens(requests: Sequence[Request]) -> int:
 def answer_limit(
     request: Request, room: int, kv_bytes: Callable[[Sequence[Request]], int], max_bytes: int | None
 ) -> int:
-    """Return the largest number of tokens of the answer to a request.
+    """Return the largest number of tokens of the answer to a request, which ends with `length` there.
+
+    Memory is kept for the longest answer. One without a limit of its own gets at most a quarter of it, so that several
+    run at a time, but up to `OPEN_ANSWER` tokens where they fit.
 
     Args:
         request: the request, encoded.
         room: tokens that the context has for the answer.
         kv_bytes: bytes that requests need at their longest.
-        max_bytes: limit of bytes, to which answers without a limit of their own are adapted; None: no limit.
+        max_bytes: limit of bytes; None: no limit.
     """
-    wanted = request.sampling.max_new_tokens
-    if wanted < UNLIMITED or max_bytes is None:
-        return min(wanted, room)
+    wanted = min(request.sampling.max_new_tokens, room)
+    if max_bytes is None:
+        return wanted
 
     def bytes_with(limit: int) -> int:
         request.limit = limit
         return kv_bytes([request])
 
-    return longest_answer(bytes_with, room, max_bytes)
+    if request.sampling.max_new_tokens < UNLIMITED:
+        return longest_answer(bytes_with, wanted, max_bytes)
+    short = longest_answer(bytes_with, min(wanted, OPEN_ANSWER), max_bytes)
+    return max(short, longest_answer(bytes_with, wanted, max_bytes // 4))
 
 
 def longest_answer(bytes_of: Callable[[int], int], wanted: int, max_bytes: int) -> int:

@@ -19,13 +19,16 @@ class Flight:
 
     Attributes:
         worker: name of the worker.
+        heard: when the worker was last heard of in this request, or the request began.
         is_sent: whether the worker has the head of the request, so that its gate writes the audit line.
     """
 
-    def __init__(self, worker: str) -> None:
+    def __init__(self, worker: str, clock: Callable[[], float]) -> None:
         """Begin a request that is not sent yet."""
         self.worker = worker
+        self.heard = clock()
         self.is_sent = False
+        self._clock = clock
         self._is_lost = False
         self._limit: asyncio.Timeout | None = None
 
@@ -37,7 +40,9 @@ class Flight:
         """
         try:
             async with asyncio.timeout(0 if self._is_lost else None) as self._limit:  # no task for each piece
-                return await work
+                result = await work
+            self.heard = self._clock()
+            return result
         except TimeoutError:
             raise httpx2.ReadTimeout(f"{self.worker} is lost") from None
         finally:
@@ -65,7 +70,7 @@ class Flights:
 
     def begin(self, worker: str) -> Flight:
         """Return a new request at a worker."""
-        flight = Flight(worker)
+        flight = Flight(worker, self._clock)
         self._by_worker.setdefault(worker, set()).add(flight)
         return flight
 
@@ -76,20 +81,21 @@ class Flights:
         if not found:
             self._by_worker.pop(flight.worker, None)
 
-    def note_unreachable(self, worker: str) -> None:
-        """Note a worker that was dropped; its requests continue until it has been away for some time."""
+    def note_unreachable(self, worker: str, *, silent_for: float = 0.0) -> None:
+        """Note a worker that was dropped, `silent_for` seconds after it was last heard of."""
         if worker in self._by_worker:
-            self._unreachable.setdefault(worker, self._clock())
-
-    def lose(self, worker: str) -> None:
-        """End the requests at a worker."""
-        for flight in list(self._by_worker.get(worker, ())):
-            flight.lose()
+            self._unreachable.setdefault(worker, self._clock() - silent_for)
 
     def lose_unreachable(self, known: Collection[str], seconds: float) -> None:
-        """End the requests at workers that were unreachable and are not `known` after this time."""
+        """End the requests at workers that are not `known` and were silent for this time, in the request too.
+
+        A worker without heartbeats is dropped when it cannot be reached once, and its streams may go on.
+        """
+        now = self._clock()
         for worker, since in list(self._unreachable.items()):
-            if worker in known or self._clock() - since > seconds:
+            flights = () if worker in known else self._by_worker.get(worker, ())
+            if not flights:
                 del self._unreachable[worker]
-                if worker not in known:
-                    self.lose(worker)
+            for flight in list(flights):
+                if now - max(since, flight.heard) >= seconds:
+                    flight.lose()

@@ -155,7 +155,7 @@ class Forwarder:
         """Drop workers that are silent, and end the requests at workers that are gone."""
         for name in self.registry.expire():
             logger.warning("worker %s has been silent for too long and is dropped", name)
-            self.flights.lose(name)
+            self.flights.note_unreachable(name, silent_for=self.registry.expiry_seconds)
         self.flights.lose_unreachable(self.registry.names, self.registry.expiry_seconds)
 
     async def _ask(self, flight: Flight, request: Request, body: bytes) -> WorkerAnswer:

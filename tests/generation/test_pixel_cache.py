@@ -54,6 +54,25 @@ def test_callers_do_not_share_pixels() -> None:
     assert made_now(cache, "a") and made_now(cache, "a", owner="y") and not made_now(cache, "a")
 
 
+def _raises() -> Pixels:
+    raise DataError("not an image")
+
+
+def test_an_image_is_kept_before_its_making_is_forgotten() -> None:
+    found = []
+
+    class Watched(PixelCache):
+        def _keep(self, owner: str, key: str, pixels: Pixels) -> None:
+            found.append((self._lock.locked(), (owner, key) in self._making))
+            super()._keep(owner, key, pixels)
+
+    cache = Watched(10)
+    assert made_now(cache, "a") and found == [(True, True)] and not cache._making
+    with pytest.raises(DataError):
+        cache.made("x", "b", _raises)
+    assert not cache._making and made_now(cache, "b")
+
+
 def test_threads_that_want_the_same_image_make_it_once() -> None:
     cache, calls, entered, may_end = PixelCache(10), [], threading.Event(), threading.Event()
 

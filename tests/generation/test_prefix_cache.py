@@ -277,6 +277,8 @@ def test_keys_and_values_stay_below_their_limit(
         assert_same_answers(engine, prompts, *columns, sampling)
     [[open_ended]] = engine.generate([ask("x" * 300)], Sampling(max_new_tokens=UNLIMITED))
     assert open_ended.error is None and len(open_ended.token_ids) > MIN_ANSWER and highest <= limit
+    [[cut]] = engine.generate([ask("x" * 300)], Sampling(max_new_tokens=4000))
+    assert cut.finish == "length" and len(open_ended.token_ids) <= len(cut.token_ids) < 4000 and highest <= limit
     [[long]] = engine.generate([ask("x" * 900)], Sampling(max_new_tokens=400))
     assert "kv-cache-mb" in str(long.error) and "limit is 0.2 MB" in str(long.error)
     assert one(engine, prompts[0], SAMPLING).error is None

@@ -193,7 +193,7 @@ def test_a_stream_of_a_silent_worker_ends_with_an_error() -> None:
         assert first == {"choices": []} and error["error"]["code"] == "worker_lost"
 
 
-def test_requests_at_a_worker_that_cannot_be_reached_end_when_it_stays_away() -> None:
+def test_requests_at_a_worker_that_cannot_be_reached_end_when_it_stays_away_and_says_nothing() -> None:
     times = [0.0]
     flights = Flights(lambda: times[0])
 
@@ -204,6 +204,9 @@ def test_requests_at_a_worker_that_cannot_be_reached_end_when_it_stays_away() ->
         for name in ("back", "away"):
             flights.note_unreachable(name)
         flights.lose_unreachable(["back"], 30)
+        times[0] = 29.0
+        talking = flights.begin("away")
+        assert await talking.wait(asyncio.sleep(0, "piece")) == "piece"
         times[0] = 31.0
         flights.lose_unreachable(["back"], 30)
         with pytest.raises(httpx2.ReadTimeout):
@@ -212,6 +215,11 @@ def test_requests_at_a_worker_that_cannot_be_reached_end_when_it_stays_away() ->
         tasks[0].cancel()
         with pytest.raises(httpx2.ReadTimeout):
             await away.wait(asyncio.sleep(3600))
+        assert await talking.wait(asyncio.sleep(0, "piece")) == "piece"
+        times[0] = 62.0
+        flights.lose_unreachable([], 30)
+        with pytest.raises(httpx2.ReadTimeout):
+            await talking.wait(asyncio.sleep(3600))
 
     asyncio.run(work())
 

@@ -98,7 +98,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     of("generation/beam_search.py", "elif rank < self.num_beams and could_improve:", "elif could_improve:", "generation/test_beam_search.py"),
     of("generation/stopping.py", "min(len(text), len(stop) - 1)", "min(len(text), len(stop) - 2)", "generation/test_stopping.py"),
     of("generation/stopping.py", "whole = text.rstrip(BROKEN)", "whole = text", "generation/test_stopping.py", "generation/test_growing_text.py"),
-    of("generation/slot_memory.py", "return min(wanted, room)", "return wanted", "generation/test_scheduler.py", "generation/test_engine.py"),
+    of("generation/slot_memory.py", "wanted = min(request.sampling.max_new_tokens, room)", "wanted = request.sampling.max_new_tokens", "generation/test_scheduler.py", "generation/test_engine.py"),
     # model/: adapters, projectors, tiles, frozen parts
     of("model/checkpoint/legacy/lora_files.py", "float(alpha / r**0.5) if", "float(alpha / r) if", "parity/test_peft.py"),
     of("model/lora.py", "parameter.requires_grad_(train_tower and not projector_only)", "parameter.requires_grad_(train_tower)", "model/test_lora.py"),
