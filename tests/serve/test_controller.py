@@ -300,6 +300,8 @@ def test_a_controller_exports_what_it_knows() -> None:
         client.post(CHAT, json=HELLO)
         client.post(CHAT, json={**HELLO, "stream": True})
         client.post(GENERATE, json=OLD)
+        # A client has the last byte of a stream before its request is counted.
+        until(lambda: "llava_request_seconds_count 3.0" in client.get("/metrics").text)
         text = client.get("/metrics").text
         names = {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")}
     assert {name for name in names if not name.endswith("_created")} == {
@@ -309,7 +311,7 @@ def test_a_controller_exports_what_it_knows() -> None:
         "llava_request_seconds",
         "llava_time_to_first_token_seconds",
     }
-    assert "llava_time_to_first_token_seconds_count 2.0" in text and "llava_request_seconds_count 3.0" in text
+    assert "llava_time_to_first_token_seconds_count 2.0" in text
 
 
 @pytest.mark.parametrize(
