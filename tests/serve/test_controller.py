@@ -301,7 +301,7 @@ def test_a_controller_exports_what_it_knows() -> None:
         client.post(CHAT, json={**HELLO, "stream": True})
         client.post(GENERATE, json=OLD)
         # A client has the last byte of a stream before its request is counted.
-        until(lambda: "llava_request_seconds_count 3.0" in client.get("/metrics").text)
+        assert until(lambda: "llava_request_seconds_count 3.0" in client.get("/metrics").text)
         text = client.get("/metrics").text
         names = {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")}
     assert {name for name in names if not name.endswith("_created")} == {
