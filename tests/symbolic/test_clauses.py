@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from llava.symbolic.cue_lists import languages, read_cues
 from llava.symbolic.extract import Extraction, extract
+from llava.symbolic.rules import load_rules
 from llava.symbolic.structure import RuleSet
 from tests.support.rule_files import rules_of
 
@@ -139,15 +140,47 @@ def test_contractions_deny_on_both_sides(rules: RuleSet, verb: str) -> None:
         "AML is not yet fully excluded.",
         "AML is unlikely.",
         "This is unlikely to be AML.",
+        "AML cannot be confidently excluded.",
+        "I cannot confirm or exclude AML.",
+        "I can neither confirm nor exclude AML.",
+        "AML is neither confirmed nor excluded.",
+        "AML cannot be either confirmed or excluded.",
+        "There is no way to exclude AML.",
+        "There is no way of ruling out AML.",
+        "AML is not ruled-out.",
+        "AML cannot with certainty be excluded.",
+        "AML cannot at this time be excluded.",
+        "AML cannot yet be ruled out.",
     ],
 )
 def test_doubt_is_hedged_and_no_denial(rules: RuleSet, text: str) -> None:
     assert extract(rules.node("diagnosis"), text) == Extraction("AML", hedged=True)
 
 
-@pytest.mark.parametrize("text", ["AML is excluded.", "AML has been ruled out.", "AML can be excluded with certainty."])
+@pytest.mark.parametrize(
+    "text", ["AML is excluded.", "AML has been ruled out.", "AML is ruled-out.", "AML can be excluded with certainty."]
+)
 def test_exclusion_is_a_denial(rules: RuleSet, text: str) -> None:
     assert extract(rules.node("diagnosis"), text) == Extraction("healthy", hedged=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "hedged"),
+    [
+        ("Consolidation cannot be confirmed or excluded.", True),
+        ("The opacity hasn't changed.", False),
+        ("The opacity isn't new.", False),
+        ("This is not a new consolidation.", False),
+        ("The consolidation cannot be missed.", False),
+        ("The consolidation has not resolved.", False),
+        ("The opacity is not significantly changed.", False),
+        ("No significant change in bilateral opacities.", False),
+        ("No interval change in opacities.", False),
+        ("Opacities without interval change since yesterday.", False),
+    ],
+)
+def test_what_is_unchanged_is_present(text: str, hedged: bool) -> None:
+    assert extract(load_rules("chest-xray").node("abnormality"), text) == Extraction("present", hedged)
 
 
 @pytest.mark.parametrize("language", languages())
