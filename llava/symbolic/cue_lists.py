@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass
 from functools import cache
@@ -13,6 +14,9 @@ from llava.symbolic.patterns import compile_pattern, required_texts
 from llava.symbolic.problems import Problems
 
 CUES = Path(__file__).parent / "cues"
+
+EXTRACTOR_VERSION = 2
+"""Version of the code that reads texts; raise it with a change that gives a text another value."""
 
 TEXTS = ("clause_words", "predicates", "before", "after", "both", "bare", "hedges")
 PATTERNS = ("restarts", "contrasts", "harmless", "doubts")
@@ -64,6 +68,11 @@ class Cues:
 def languages() -> list[str]:
     """Return the languages with cue lists."""
     return sorted(path.stem for path in CUES.glob("*.yaml"))
+
+
+def cues_sha256(language: str) -> str:
+    """Return the hash of a language's file of cues."""
+    return hashlib.sha256((CUES / f"{language}.yaml").read_bytes()).hexdigest()
 
 
 @cache
