@@ -1,6 +1,6 @@
 """Negation and uncertainty of the matches in one text, from the cues of their clauses.
 
-text --boundaries--> clauses --commas of lists--> lists --cues--> is_negated, is_hedged
+text --boundaries--> clauses --cues, repeated at the items of lists--> is_negated, is_hedged
 """
 
 from __future__ import annotations
@@ -16,9 +16,6 @@ WORDS_BEFORE = 8
 
 WORDS_AFTER = 3
 """Maximum number of words between a match and the cue after it."""
-
-ENDS_LIST = ("subjects", "verbs", "statements")
-"""Lists of words that no item of a list has."""
 
 WORD = re.compile(r"\S*\w\S*")
 
@@ -43,30 +40,31 @@ class ClauseContext:
         self.hedges: list[Span] = []
         if not any(part in text for part in cues.parts) or cues.any.search(text) is None:
             return
-        ends = [match.span() for match in cues.boundary.finditer(text)]
+        ends = _spans(cues.boundary, text)
         self.clause_starts = [0, *(end for _, end in ends)]
         self.clause_ends = [*(start for start, _ in ends), len(text)]
-        harmless = [match.span() for match in cues.harmless.finditer(text)]
-        self.before = [match.span() for match in cues.before.finditer(text) if not _inside(match.span(), harmless)]
-        self.after = [match.span() for match in cues.after.finditer(text) if not _inside(match.span(), harmless)]
-        self.hedges = [match.span() for match in cues.hedges.finditer(text)]
-        self.listed, self.denied = self._lists() if self.before or self.after else ([], [])
+        self.predicates = _spans(cues.predicates, text)
+        self.contrasts = _spans(cues.contrasts, text)
+        self.hedges = _spans(cues.hedges, text)
+        harmless, restarts = _spans(cues.harmless, text), _spans(cues.restarts, text)
+        self.before = [cue for cue in _spans(cues.before, text) if not _inside(cue, harmless)]
+        self.after = [cue for cue in _spans(cues.after, text) if not (_inside(cue, harmless) or _inside(cue, restarts))]
+        if self.before or self.after:
+            self._repeat_cues_in_lists()
 
     def is_negated(self, span: Span) -> bool:
-        """Return whether a cue before or after a match, in its clause or list, negates it."""
+        """Return whether a cue before or after a match, in its clause, negates it."""
         if not self.before and not self.after:
             return False
-        index = bisect_right(self.clause_starts, span[0]) - 1
         begin, end = self._clause(span)
-        cue = last_before(self.before, span[0])
-        if cue and begin <= cue[0] and self._num_words(cue[1], span[0]) <= WORDS_BEFORE:
-            return True
-        if self.listed[index] and self._num_words(begin, span[0]) <= WORDS_BEFORE:
+        cue, predicate = last_before(self.before, span[0]), last_before(self.predicates, span[0])
+        reach = max(begin, predicate[1]) if predicate else begin
+        if cue and reach <= cue[0] and self._num_words(cue[1], span[0]) <= WORDS_BEFORE:
             return True
         cue = first_after(self.after, span[1])
-        if cue and cue[1] <= end and self._num_words(span[1], cue[0]) <= WORDS_AFTER:
-            return not self._negates_later(span[1], cue, end)
-        return self.denied[index]
+        if cue is None or cue[1] > end or self._num_words(span[1], cue[0]) > WORDS_AFTER:
+            return False
+        return not self._negates_next(span[1], cue, end)
 
     def is_hedged(self, span: Span) -> bool:
         """Return whether the clause of a match has a hedge outside of the match."""
@@ -81,89 +79,73 @@ class ClauseContext:
         begin = self.clause_starts[bisect_right(self.clause_starts, span[0]) - 1]
         return begin, self.clause_ends[bisect_left(self.clause_ends, span[1])]
 
-    def _negates_later(self, begin: int, cue: Span, end: int) -> bool:
-        """Return whether a cue after a match that ends at `begin` negates a later match instead."""
-        words, between = self.cues.words, self.text[begin : cue[0]]
-        if not words["also_before"].fullmatch(self.text, *cue):
+    def _negates_next(self, begin: int, cue: Span, end: int) -> bool:
+        """Return whether a cue negates not the match that ends at `begin` but the next one: "AML and not MM"."""
+        index = bisect_left(self.matches, cue[1])
+        if index == len(self.matches) or self.matches[index] >= end:
             return False
-        if words["subjects"].search(between):
-            return True
-        later = bisect_left(self.matches, cue[1])
-        if later == len(self.matches) or self.matches[later] >= end:
-            return False
-        last = WORD.findall(self.text[begin : cue[1]])[-2:]
-        direct = any(words["be"].fullmatch(word) for word in last)
-        return not direct or words["links"].search(between) is not None
+        num_words = self._num_words(cue[1], self.matches[index])
+        if self._num_words(begin, cue[0]):
+            return num_words <= WORDS_BEFORE and _inside(cue, self.contrasts)
+        # "AML (not MM)", in contrast to "AML not seen with MM"
+        return num_words <= 1 and self.cues.bare.fullmatch(self.text, *cue) is not None
 
-    def _lists(self) -> tuple[list[bool], list[bool]]:
-        """Return, by clause, whether a list carries a negation to it from before, and from after it."""
-        spans = list(zip(self.clause_starts, self.clause_ends, strict=True))
-        commas = [begin > 0 and self.text[begin - 1] == "," for begin, _ in spans]
-        listed, denied = [False] * len(spans), [False] * len(spans)
-        if not any(commas):
-            return listed, denied
-        items = [self._is_item(*span) for span in spans]
-        closed = [
-            self._closing_item(*span, middle=commas[index - 1] and items[index - 1]) if commas[index] else None
-            for index, span in enumerate(spans)
-        ]
-        continued = [False] * (len(spans) + 1)
-        for index in reversed(range(len(spans))):
-            if items[index] and continued[index + 1]:
-                last = closed[index + 1]
-                denied[index] = denied[index + 1] if last is None else self._is_denied(last)
-            continued[index] = commas[index] and (closed[index] is not None or (items[index] and continued[index + 1]))
-        for index in range(1, len(spans)):
-            inside = listed[index - 1] and closed[index - 1] is None
-            listed[index] = continued[index] and (inside or self._opens_list(*spans[index - 1]))
-        return listed, denied
+    def _repeat_cues_in_lists(self) -> None:
+        """Repeat the cue of a list at its items: "no AML, MM, or blasts" is "no AML, no MM, or no blasts"."""
+        clauses = list(zip(self.clause_starts, self.clause_ends, strict=True))
+        commas = [begin > 0 and self.text[begin - 1] == "," for begin, _ in clauses]
+        links = [self.cues.links.search(self.text, *clause) for clause in clauses] if any(commas) else []
+        before: list[Span] = []
+        after: list[Span] = []
+        for last, link in enumerate(links):
+            if link is None or not commas[last]:
+                continue
+            begin, end = clauses[last]
+            alone = self._num_words(begin, link.start()) == 0  # "A, B, or C", in contrast to "A, B or C"
+            if not alone and not self._is_item(begin, link.start()):
+                continue
+            first = last - 1
+            while commas[first] and links[first] is None and self._is_item(*clauses[first]):
+                first -= 1
+            middle = last - first > 1
+            whole = self._is_item(link.start(), end)  # without a verb after the last item
+            adds = self.cues.additions.fullmatch(link.group()) is not None
+            closes = not adds or (middle and whole)  # "and" also joins statements: "no debris, AML and blasts are seen"
+            if closes and self._opens_list(*clauses[first], with_be=alone and whole and not adds):
+                before += [(item, item) for item, _ in clauses[first + 1 : last + 1]]
+            elif middle and self._is_item(*clauses[first]) and self._is_denied(link.end(), end):
+                after += [(item, item) for _, item in clauses[first:last]]
+        self.before = sorted(self.before + before)
+        self.after = sorted(self.after + after)
 
     def _is_item(self, begin: int, end: int) -> bool:
-        """Return whether a part can be an item of a list: a few words without a cue or statement."""
-        if not 1 <= self._num_words(begin, end) <= WORDS_BEFORE or self.cues.any.search(self.text, begin, end):
+        """Return whether a part of a text can be an item of a list: a few words without a cue or a statement."""
+        if not 1 <= self._num_words(begin, end) <= WORDS_BEFORE:
             return False
-        return not any(self.cues.words[key].search(self.text, begin, end) for key in ENDS_LIST)
+        return not self.cues.any.search(self.text, begin, end) and not self.cues.ends.search(self.text, begin, end)
 
-    def _opens_list(self, begin: int, end: int) -> bool:
-        """Return whether a clause ends with a negated item, as "no AML" does; "no" alone is an answer."""
+    def _opens_list(self, begin: int, end: int, *, with_be: bool) -> bool:
+        """Return whether a clause ends with a negated item: "no AML", or `with_be` also "it is not AML"."""
         cue = last_before(self.before, end)
         if cue is None or begin > cue[0]:
             return False
-        verb = self.cues.words["verbs"].match(self.text, cue[1] + 1)
-        return self._is_item(verb.end() if verb else cue[1], end)
+        verbs = [verb.end() for verb in self.cues.verbs.finditer(self.text, cue[1], end)]
+        if not (with_be or verbs) and self.cues.both.fullmatch(self.text, *cue):
+            return False
+        return self._is_item(verbs[-1] if verbs else cue[1], end)
 
-    def _closing_item(self, begin: int, end: int, *, middle: bool) -> Span | None:
-        """Return the last item of a list, after "or" or "and", if a clause has one.
-
-        Args:
-            begin: begin of the clause.
-            end: end of the clause.
-            middle: whether the clause before is a further item; without one, "and" begins a statement.
-        """
-        words = self.cues.words
-        found = [words[key].search(self.text, begin, end) for key in ("alternatives", "additions")]
-        addition = found[1]
-        link = min((match for match in found if match), key=lambda match: match.start(), default=None)
-        if link is None or not self._num_words(link.end(), end):
-            return None
-        first = self._num_words(begin, link.start()) > 0
-        if first and not self._is_item(begin, link.start()):
-            return None
-        next_word = link.end() + 1
-        if words["subjects"].search(self.text, link.end(), end) or words["also_before"].match(self.text, next_word):
-            return None
-        if link is addition and (words["articles"].match(self.text, next_word) or not (first or middle)):
-            return None
-        return link.end(), end
-
-    def _is_denied(self, item: Span) -> bool:
-        """Return whether a cue after the last item negates a list, as in "or blasts are not seen"."""
-        cue = first_after(self.after, item[0])
-        return cue is not None and cue[1] <= item[1] and 1 <= self._num_words(item[0], cue[0]) <= WORDS_AFTER + 1
+    def _is_denied(self, begin: int, end: int) -> bool:
+        """Return whether a cue follows the last item of a list, as in "or blasts are not seen"."""
+        cue = first_after(self.after, begin)
+        return cue is not None and cue[1] <= end and self._num_words(begin, cue[0]) <= WORDS_AFTER + 1
 
     def _num_words(self, begin: int, end: int) -> int:
         """Return the number of words between two positions."""
         return len(WORD.findall(self.text[begin:end]))
+
+
+def _spans(pattern: re.Pattern[str], text: str) -> list[Span]:
+    return [match.span() for match in pattern.finditer(text)]
 
 
 def last_before(spans: list[Span], position: int) -> Span | None:

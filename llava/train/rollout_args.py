@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import ConfigError
+from llava.symbolic.cue_lists import EXTRACTOR_VERSION, cues_sha256
 from llava.symbolic.read_settings import STYLES
 from llava.symbolic.rules import load_rules, shipped
 from llava.symbolic.settings import PRESETS
@@ -368,7 +369,7 @@ def decisive_options(arguments: RolloutArguments, spec: RolloutSpec | None) -> d
 
 
 def rules_label(path: str) -> str:
-    """Return name and hash of a rule file with its phrases.
+    """Return name and hash of a rule file with its phrases, and what else decides how it reads an answer.
 
     Raises:
         DataError: it is not a valid rule file.
@@ -377,4 +378,5 @@ def rules_label(path: str) -> str:
     phrases = rules.dialogue.phrases_file
     parts = [rules.sha256, file_sha256(phrases) if phrases is not None and phrases.is_file() else ""]
     digest = hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
-    return f"{rules.id} {rules.version}".strip() + f", sha256 {digest}"
+    reading = f"extractor {EXTRACTOR_VERSION}, cues sha256 {cues_sha256(rules.primary.language)[:16]}"
+    return f"{rules.id} {rules.version}".strip() + f", sha256 {digest}, {reading}"

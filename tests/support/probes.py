@@ -78,6 +78,15 @@ MARROW = [
     ("abnormality", "Not healthy.", "present"),
     ("abnormality", "The quality is adequate. There is a malignancy.", "present"),
     ("abnormality", "The poor image quality hides it.", "inconclusive"),
+    ("diagnosis", "AML has not been found and this is a healthy marrow.", "healthy"),
+    ("diagnosis", "AML considered and is excluded.", "healthy"),
+    ("diagnosis", "Not AML, consistent with MM or plasmacytoma.", "MM"),
+    ("diagnosis", "Not AML, most likely MM or plasmacytoma.", "MM"),
+    ("diagnosis", "The sample is not blurred, AML or another acute leukemia.", "AML"),
+    ("proliferation", "Blasts do not proliferate and plasma cells do not either.", "none"),
+    ("proliferation", "The sample is not clotted, blasts and debris are visible.", "blast"),
+    ("proliferation", "It is AML and not MM, blasts and Auer rods are seen.", "blast"),
+    ("proliferation", "It shows blasts and does not show an increase in plasma cells.", "blast"),
 ]
 
 DIFFERENTIAL = [
@@ -279,6 +288,18 @@ CHEST = [
     ("cause", "No evidence of bacterial, viral or COVID-19 pneumonia.", "no_finding"),
     ("cause", "COVID-19 and not a bacterial infection.", "covid19"),
     ("cause", "COVID-19 hasn't been excluded.", "covid19"),
+    ("cause", "COVID-19 has not been confirmed in this patient with bacterial pneumonia.", "no_finding"),
+    ("abnormality", "Consolidation has not been seen and the lungs are clear.", "absent"),
+    ("abnormality", "Consolidation could not be found and the chest is normal.", "absent"),
+    ("abnormality", "Opacities did not appear and lungs are clear.", "absent"),
+    ("abnormality", "The infiltrate resolved and is absent.", "absent"),
+    ("abnormality", "The consolidation cleared and is not visible today.", "absent"),
+    ("abnormality", "The heart is not enlarged, consolidation and effusion are seen on the right.", "present"),
+    ("abnormality", "No prior study for comparison, bilateral opacities and effusion.", "present"),
+    ("abnormality", "Right basilar opacity, pneumothorax or effusion is not seen.", "present"),
+    ("abnormality", "No pleural effusion, pneumothorax or focal consolidation.", "absent"),
+    ("abnormality", "No acute or active cardiac, pulmonary or pleural disease.", "absent"),
+    ("abnormality", "No new consolidation.", "absent"),
 ]
 
 DISEASES = [

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from llava.symbolic.cue_lists import languages, read_cues
 from llava.symbolic.extract import Extraction, extract
+from llava.symbolic.rules import load_rules
 from llava.symbolic.structure import RuleSet
 from tests.support.rule_files import rules_of
 
@@ -28,15 +29,20 @@ def read(rules: RuleSet, text: str) -> str:
 @settings(max_examples=60, deadline=None)
 @given(
     cue=st.sampled_from(
-        ["No", "There is no evidence of", "Without", "It is not", "We didn't see", "It does not show", "Negative for"]
+        [
+            *("No", "There is no evidence of", "Without", "Negative for", "There isn't any", "It does not show"),
+            *("We didn't see", "No findings consistent with", "It does not show features suggestive of", "It is not"),
+        ]
     ),
     items=st.lists(st.sampled_from(OTHERS), min_size=2, max_size=6).flatmap(lambda x: st.permutations([*x, "AML"])),
-    link=st.sampled_from([", or ", ", nor ", " or ", ", and ", " and "]),
+    link=st.sampled_from([", or ", ", nor ", " or ", ", and "]),
     end=st.sampled_from([".", "; the rest is fine.", ", but read it again."]),
 )
 def test_a_list_is_negated_wherever_the_match_stands(
     rules: RuleSet, cue: str, items: list[str], link: str, end: str
 ) -> None:
+    if cue == "It is not" and link not in (", or ", ", nor "):  # "it is not clotted, AML or MM" may be a statement
+        link = ", or "
     assert read(rules, f"{cue} {', '.join(items[:-1])}{link}{items[-1]}{end}") == "healthy"
 
 
@@ -83,6 +89,29 @@ def test_a_contrast_ends_the_list(rules: RuleSet, items: list[str], contrast: st
         ("AML isn't seen.", "healthy"),
         ("AML is not seen with MM.", "healthy"),
         ("AML cannot be seen.", "healthy"),
+        ("AML has not been found and this is a healthy marrow.", "healthy"),
+        ("AML has not been found and MM fits.", "healthy"),
+        ("AML hasn't been found and MM fits.", "healthy"),
+        ("AML and MM are not seen in this healthy marrow.", "healthy"),
+        ("AML not seen in this case with MM.", "healthy"),
+        ("AML (not MM).", "AML"),
+        ("AML considered and is excluded.", "healthy"),
+        ("AML fits and does not suggest MM.", "AML"),
+        ("No lymphoma, toxic change, infiltration and AML.", "healthy"),
+        ("No lymphoma, toxic change and AML.", "AML"),
+        ("No lymphoma, toxic change, and AML is seen.", "AML"),
+        ("No lymphoma, AML or toxic change is seen.", "healthy"),
+        ("No toxic or foreign cells, AML or MM.", "healthy"),
+        ("It is not lymphoma, AML, or toxic change.", "healthy"),
+        ("It is not lymphoma, AML or toxic change.", "AML"),
+        ("It is not lymphoma, AML, or toxic change is seen.", "AML"),
+        ("Not AML, consistent with MM or plasmacytoma.", "MM"),
+        ("No AML, consistent with MM or plasmacytoma.", "MM"),
+        ("Not AML, most likely MM or plasmacytoma.", "MM"),
+        ("The sample is not blurred, AML or another acute leukemia.", "AML"),
+        ("No prior image for comparison, AML, toxic change, and debris.", "AML"),
+        ("AML, lymphoma or toxic change is not seen.", "AML"),
+        ("AML, lymphoma, debris or toxic change is not seen.", "healthy"),
     ],
 )
 def test_scope(rules: RuleSet, text: str, value: str) -> None:
@@ -111,15 +140,47 @@ def test_contractions_deny_on_both_sides(rules: RuleSet, verb: str) -> None:
         "AML is not yet fully excluded.",
         "AML is unlikely.",
         "This is unlikely to be AML.",
+        "AML cannot be confidently excluded.",
+        "I cannot confirm or exclude AML.",
+        "I can neither confirm nor exclude AML.",
+        "AML is neither confirmed nor excluded.",
+        "AML cannot be either confirmed or excluded.",
+        "There is no way to exclude AML.",
+        "There is no way of ruling out AML.",
+        "AML is not ruled-out.",
+        "AML cannot with certainty be excluded.",
+        "AML cannot at this time be excluded.",
+        "AML cannot yet be ruled out.",
     ],
 )
 def test_doubt_is_hedged_and_no_denial(rules: RuleSet, text: str) -> None:
     assert extract(rules.node("diagnosis"), text) == Extraction("AML", hedged=True)
 
 
-@pytest.mark.parametrize("text", ["AML is excluded.", "AML has been ruled out.", "AML can be excluded with certainty."])
+@pytest.mark.parametrize(
+    "text", ["AML is excluded.", "AML has been ruled out.", "AML is ruled-out.", "AML can be excluded with certainty."]
+)
 def test_exclusion_is_a_denial(rules: RuleSet, text: str) -> None:
     assert extract(rules.node("diagnosis"), text) == Extraction("healthy", hedged=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "hedged"),
+    [
+        ("Consolidation cannot be confirmed or excluded.", True),
+        ("The opacity hasn't changed.", False),
+        ("The opacity isn't new.", False),
+        ("This is not a new consolidation.", False),
+        ("The consolidation cannot be missed.", False),
+        ("The consolidation has not resolved.", False),
+        ("The opacity is not significantly changed.", False),
+        ("No significant change in bilateral opacities.", False),
+        ("No interval change in opacities.", False),
+        ("Opacities without interval change since yesterday.", False),
+    ],
+)
+def test_what_is_unchanged_is_present(text: str, hedged: bool) -> None:
+    assert extract(load_rules("chest-xray").node("abnormality"), text) == Extraction("present", hedged)
 
 
 @pytest.mark.parametrize("language", languages())

@@ -8,6 +8,7 @@ from typing import Any
 
 from llava.eval.intervals import interval_text, percent_text
 from llava.eval.rules.scores import DialogueScores, HeldDialogue, flips, order_invariance
+from llava.symbolic.cue_lists import EXTRACTOR_VERSION, cues_sha256
 from llava.symbolic.structure import RuleSet
 from llava.utils.bootstrap import LEVEL
 from llava.utils.reporting import Cell, text_table
@@ -39,7 +40,13 @@ def full_report(
     gray = None if blank is None else DialogueScores(rules, [blank[index] for index in plain], **draws)
     styles = dict.fromkeys(dialogue.asked.style for dialogue in mine.held)
     return {
-        "rules": {"id": rules.id, "version": rules.version, "sha256": rules.sha256},
+        "rules": {
+            "id": rules.id,
+            "version": rules.version,
+            "sha256": rules.sha256,
+            "extractor": EXTRACTOR_VERSION,
+            "cues_sha256": cues_sha256(rules.primary.language),
+        },
         "counts": counts(rules, held),
         "scores": mine.scores(gray),
         "contradictions": mine.contradictions(),

@@ -21,6 +21,7 @@ from llava.eval.rules.report import report_text
 from llava.eval.run import main as evaluate_command
 from llava.eval.run import make_parser
 from llava.generation.protocol import Sampling, Script
+from llava.symbolic.cue_lists import EXTRACTOR_VERSION, cues_sha256
 from llava.symbolic.dialogues import dialogue_row
 from llava.symbolic.extract import extract
 from llava.symbolic.rules import load_rules
@@ -140,6 +141,7 @@ def test_perfect_answers(tmp_path: Path) -> None:
     assert {name: found["value"] for name, found in report["flips"].items()} == {"hint_wrong": 0, "disagree": 0}
     assert report["nodes"]["diagnosis"]["macro_f1"]["value"] == 100
     assert report["scores"]["A_C"]["blank"]["value"] == 20 and report["scores"]["A_C"]["difference"]["value"] == 80
+    assert report["rules"]["cues_sha256"] == cues_sha256("en") and report["rules"]["extractor"] == EXTRACTOR_VERSION
     assert report["intervals"]["clusters"] == "group" and report["counts"]["groups"] == 5
     assert set(report["styles"]) == {"standard", "diagnosis_first", "shuffled", "improvised"}
     assert "contradictions a conversation: 0.000" in report_text(report)

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from llava.errors import ConfigError
+from llava.symbolic import cue_lists
+from llava.symbolic.cue_lists import EXTRACTOR_VERSION
 from llava.train.parsing import Parsed, parse_training_args
-from llava.train.rollout_args import WITHOUT_EFFECT
+from llava.train.rollout_args import WITHOUT_EFFECT, rules_label
 from llava.train.rollout_names import translated
 from tests.support.rollouts import PHRASES, TOY
 
@@ -129,6 +131,17 @@ def test_a_changed_rule_file_is_another_run(rules: Path) -> None:
     (rules.parent / "phrases.yaml").write_text(PHRASES.replace("Dark?", "Is this dark?"))
     after = parse(rules).decisive_options()
     assert before["rules"] != after["rules"] and before | {"rules": ""} == after | {"rules": ""}
+
+
+def test_another_reading_is_another_run(rules: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = [rules_label(str(rules))]
+    monkeypatch.setattr("llava.train.rollout_args.EXTRACTOR_VERSION", EXTRACTOR_VERSION + 1)
+    labels.append(rules_label(str(rules)))
+    changed = (cue_lists.CUES / "en.yaml").read_text(encoding="utf-8").replace("- without\n", "- without\n  - sans\n")
+    (tmp_path / "en.yaml").write_text(changed, encoding="utf-8")
+    monkeypatch.setattr(cue_lists, "CUES", tmp_path)
+    labels.append(rules_label(str(rules)))
+    assert len(set(labels)) == 3 and f", extractor {EXTRACTOR_VERSION}, cues sha256 " in labels[0]
 
 
 def test_sizes_of_a_process_are_no_decision(rules: Path) -> None:

@@ -132,7 +132,7 @@ def test_two_ranks_equal_one(parts: Path, tmp_path: Path, undisturbed: dict, alg
 
 
 def test_a_finished_run_changes_nothing_and_other_rules_are_refused(
-    parts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    parts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changed = tmp_path / "rules"
     changed.mkdir()
@@ -146,10 +146,11 @@ def test_a_finished_run_changes_nothing_and_other_rules_are_refused(
         rl_train(argv)
     assert "the run is finished" in caplog.text
     assert {path: path.stat().st_mtime_ns for path in before} == before
+    monkeypatch.setattr("llava.train.rollout_args.EXTRACTOR_VERSION", 999)
+    with pytest.raises(LlavaError, match=r"'toy, .* extractor \d, .*', this run has 'toy, .* extractor 999, "):
+        rl_train(argv)
     (changed / "rules.yaml").write_text(TOY.replace("id: toy", "id: toy\nversion: 2.0.0"))
-    with pytest.raises(
-        LlavaError, match=r"its run had --rules 'toy, sha256 \w+', this run has 'toy 2.0.0, sha256 \w+'"
-    ):
+    with pytest.raises(LlavaError, match=r"had --rules 'toy, sha256 \w+, .*', this run has 'toy 2.0.0, sha256 \w+"):
         rl_train(argv)
 
 
