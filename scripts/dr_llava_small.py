@@ -295,16 +295,18 @@ def steps_for(args: Namespace, out: Path, arm: str, options: dict[str, object]) 
 
 def score(args: Namespace, out: Path, arm: str, model: Path, tables: dict[str, Path]) -> None:
     """Evaluate an arm in all orders, paired with the start."""
-    folder = out / f"eval-{arm}"
-    if (folder / "results.json").is_file():
+    folder, first = out / f"eval-{arm}", out / "eval-sft"
+    is_paired = arm != "sft" and (first / "results.json").is_file()
+    known = read_object(folder / "results.json") if (folder / "results.json").is_file() else None
+    if known is not None and (not is_paired or known.get("comparison")):
         return
     started = time.time()
     words = ["--model", model, "--rules", RULES[args.data], "--data", tables["test"], "--out", folder]
     words += ["--image-folder", tables["images"], "--limit", args.num_test, "--max-new-tokens", ANSWER_TOKENS]
     # Conversations with wrong hints count for no figure of the table and would take a third of the time.
     words += ["--hints", "none", "--dtype", precision_of(args)]
-    if arm != "sft" and (out / "eval-sft" / "results.json").is_file():
-        words += ["--compare", out / "eval-sft"]
+    if is_paired:
+        words += ["--compare", first]
     evaluate(list(map(str, words)))
     write_out(f"{arm}: evaluated in {time.time() - started:.0f} s\n")
 

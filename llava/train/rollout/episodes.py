@@ -143,8 +143,11 @@ def learned(found: Reward, penalty: float | None, *, adds: bool = True) -> tuple
     """
     if penalty is None:
         return found.total, found.turns
-    before = found.turns if adds else (0.0,) * len(found.turns)
-    return (found.total + penalty if adds else penalty), (*before[:-1], before[-1] + penalty * found.unit)
+    *before, last = found.turns
+    if adds:
+        return found.total + penalty, (*before, last + penalty * found.unit)
+    offset = found.raw - found.total * found.unit  # `total` is 0 where `raw` is this
+    return penalty, (*(0.0 for _ in before), offset + penalty * found.unit)
 
 
 def groups_of(episodes: Sequence[RolloutEpisode]) -> list[list[RolloutEpisode]]:

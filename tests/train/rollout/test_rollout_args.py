@@ -77,6 +77,8 @@ def test_wrong_values(rules: Path, words: list[str], message: str) -> None:
 @pytest.mark.parametrize(("words", "message"), [
     (["--dynamic_sampling", "4"], "--dynamic-sampling 4 replaces groups .* but ppo has no groups"),
     (["--init_value_with_reward", "True"], "got --objective ppo and no path"),
+    (["--shuffled_rewards", "True"], "shuffles within a group, but --num-generations is 1"),
+    (["--kl_target", "6", "--kl_coef", "0"], "--kl-target 6 adapts --kl-coef, which stays 0"),
 ])  # fmt: skip
 def test_wrong_values_of_ppo(rules: Path, words: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):

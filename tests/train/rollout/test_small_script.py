@@ -48,6 +48,11 @@ def test_two_arms(script: ModuleType, tmp_path: Path, monkeypatch: pytest.Monkey
     assert len(images["all"]) == 9 and len(images["held-out"]) == 1
     assert not images["tuned"] & images["held-out"] and images["tuned"] | images["held-out"] == images["all"]
     assert any("eval_loss" in line for line in metrics(tmp_path / "out" / "drawn-0" / "tune"))
+    results = tmp_path / "out" / "drawn-0" / "eval-shuffled" / "results.json"
+    found = json.loads(results.read_text())
+    results.write_text(json.dumps({name: value for name, value in found.items() if name != "comparison"}))
+    script.main(list(map(str, words)))  # as if the arm had been evaluated before the start
+    assert (tmp_path / "out" / "drawn-0" / "results.md").read_text().splitlines() == table
 
 
 def test_rollouts_of_the_arms_are_plotted(script: ModuleType, tmp_path: Path) -> None:
