@@ -316,12 +316,13 @@ def _check_combinations(spec: RolloutSpec, arguments: RolloutArguments) -> None:
         )
     if spec.kl_target and not spec.kl_coef:
         raise ConfigError(
-            f"--kl-target {spec.kl_target:g} adapts --kl-coef, which stays 0 when it starts there; give --kl-coef, such "
+            f"--kl-target {spec.kl_target:g} adapts --kl-coef, which stays 0 if it starts there; use a --kl-coef such "
             "as 0.05, or leave --kl-target out"
         )
     if spec.shuffled_rewards and spec.group_size < 2:
         raise ConfigError(
-            f"--shuffled-rewards True shuffles within a group, but --num-generations is {spec.group_size}; use at least 2"
+            f"--shuffled-rewards True shuffles within a group, but --num-generations is {spec.group_size}; expected at "
+            "least 2"
         )
     if spec.algorithm == "ppo" and spec.more_prompts:
         raise ConfigError(
