@@ -242,7 +242,7 @@ def test_unknown_windows(window: str) -> None:
         DicomPolicy(window)
 
 
-@pytest.mark.parametrize("frame", ["last", "-1", "1.5", "", "²"])
+@pytest.mark.parametrize("frame", ["last", "-1", "1.5", "", "²", "1\n", "9" * 5000])
 def test_unknown_frames(frame: str) -> None:
     with pytest.raises(ConfigError, match="DICOM frame"):
         DicomPolicy(frame=frame)
