@@ -99,6 +99,19 @@ def test_a_process_that_dies_is_started_again_and_later_each_time(tmp_path: Path
         assert before - 1e-6 <= service.restart_at - wait <= time.monotonic() + 1e-6  # rounding
 
 
+def test_a_child_ignores_hangups_from_its_start() -> None:
+    service = Service("a", "http.server", ["0", "--bind", "127.0.0.1"], "http://127.0.0.1:9", "/ready")
+    service.start()
+    assert service.process is not None
+    try:
+        lines = Path(f"/proc/{service.process.pid}/status").read_text().splitlines()
+        [ignored] = [int(line.split()[1], 16) for line in lines if line.startswith("SigIgn:")]
+        assert ignored & 1 << signal.SIGHUP - 1
+    finally:
+        service.process.kill()
+        service.process.wait()
+
+
 def test_a_usage_error_of_a_child_ends_all_with_2() -> None:
     failing = Service("a", "llava.serve.audit", ["--none"], "http://127.0.0.1:9", "/ready")
     assert Supervisor([failing], "ready").run() == 2
