@@ -94,6 +94,10 @@ def test_requests_of_the_last_minute_are_limited(tmp_path: Path) -> None:
     with pytest.raises(RequestError) as caught:
         ring.count(key)
     assert (caught.value.code, caught.value.retry_after) == ("rate_limited", 50)
+    clock.now = 10.75
+    with pytest.raises(RequestError) as caught:
+        ring.count(key)
+    assert caught.value.headers["Retry-After"] == "50"  # after 49 s the oldest request still counts
     clock.now = 60
     ring.count(key)
 

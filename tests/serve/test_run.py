@@ -18,6 +18,8 @@ import pytest
 from llava.errors import ConfigError
 from llava.serve.gradio_web_server import make_parser as page_parser
 from llava.serve.model_worker import make_parser as worker_parser
+from llava.serve.options import public_hosts
+from llava.serve.page_run import run_page
 from llava.serve.run import make_parser, services_of
 from llava.serve.supervisor import Service, Supervisor
 from tests.serve.test_worker import frames_of
@@ -73,6 +75,22 @@ def test_wrong_starts_are_one_line(tmp_path: Path) -> None:
             services_of(make_parser().parse_args(["--model-path", str(tmp_path), "--port", port, "--no-page"]))
     with pytest.raises(ConfigError, match="must differ"):
         services_of(make_parser().parse_args(serve_words(tmp_path, "--worker-port", "9", "--port", "9")))
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["a.example:8443", "https://a.example", "a.example/", "[::1]", "::1:80:x", "", "*.example", "müller.example"],
+)
+def test_a_public_host_that_no_request_can_have_is_refused(host: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--public-host .*expected it without scheme, port"):
+        services_of(make_parser().parse_args(serve_words(tmp_path, "--public-host", host)))
+    with pytest.raises(ConfigError, match=r"--public-host .*expected it without scheme, port"):
+        run_page(page_parser().parse_args(["--port", "0", "--public-host", host]))
+
+
+def test_public_hosts_are_compared_in_lower_case() -> None:
+    words = [word for host in ("Ward-7.example", "10.0.0.1", "2001:DB8::1") for word in ("--public-host", host)]
+    assert public_hosts(page_parser().parse_args(words)) == {"ward-7.example", "10.0.0.1", "2001:db8::1"}
 
 
 @pytest.mark.parametrize(
