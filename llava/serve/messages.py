@@ -174,7 +174,7 @@ def parse_chat(value: Mapping[str, Any]) -> ChatRequest:
 
 
 def _check_logprobs(body: ChatBody) -> None:
-    """Raise `RequestError` for fields that do not go with log-probabilities; the engine's `check_dialogue` agrees."""
+    """Raise `RequestError` for log-probabilities that an engine (`check_dialogue`) would refuse."""
     if body.top_logprobs and not body.logprobs:
         raise RequestError("invalid_value", "top_logprobs needs logprobs: true", param="top_logprobs")
     if body.dialogue is None:

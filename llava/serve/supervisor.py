@@ -182,7 +182,7 @@ class Supervisor:
 
 
 def _child_settings(parent: int) -> Callable[[], None]:
-    """Return a function that makes a new process ignore SIGHUP until it handles it, and end with its parent."""
+    """Return a function that makes a new process ignore SIGHUP at first, and end with its parent."""
     # Not all systems can send a signal when a parent dies.
     try:
         prctl = ctypes.CDLL(None).prctl
