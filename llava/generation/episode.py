@@ -30,6 +30,13 @@ def check_dialogue(sampling: Sampling) -> None:
             f"log-probabilities of a dialogue are those of the whole distribution, but top_p={sampling.top_p} and "
             f"top_k={sampling.top_k} sample from a part of it; use top_p=1 and top_k=0"
         )
+    if sampling.logprobs and sampling.repetition_penalty != 1.0:
+        raise ConfigError(
+            "log-probabilities of a dialogue are those of the logits of the model, but tokens are sampled from others "
+            f"with repetition_penalty={sampling.repetition_penalty}; use repetition_penalty=1, or logprobs=False"
+        )
+    if sampling.top_logprobs:
+        raise ConfigError(f"a dialogue has no likeliest tokens; use top_logprobs=0, got {sampling.top_logprobs}")
 
 
 class Episode(Request):

@@ -182,7 +182,8 @@ class Dialogue:
         texts: text of each answer.
         finishes: how each answer ended; `error` for those that do not fit the context or were never asked.
         logprobs: for each answer, the natural log-probability of each of its tokens under the distribution that is
-            sampled from: logits divided by the temperature (1 for greedy answers), without the image placeholder.
+            sampled from: logits divided by the temperature (1 for greedy answers), without the image placeholder; none
+            with a repetition penalty, after which tokens are sampled from other logits.
         error: why answers are missing, else None.
     """
 

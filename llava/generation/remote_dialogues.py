@@ -134,6 +134,7 @@ class _Holder:
         self.script = script
         sampling = sampling if script.seed is None else replace(sampling, seed=script.seed)
         is_whole = sampling.temperature == 0.0 or (sampling.top_p == 1.0 and sampling.top_k == 0)
+        is_whole = is_whole and sampling.repetition_penalty == 1.0
         # A local engine always reports them; other servers' values are those of another distribution.
         self.sampling = replace(sampling, logprobs=True) if self.is_ours and is_whole else sampling
         if not self.is_ours and sampling.logprobs and sampling.temperature not in (0.0, 1.0):

@@ -50,7 +50,8 @@ class Request:
         cause: exception behind a completion with finish `error`.
         tree: name of the tree of the prefix cache that it uses.
         pending: ids that a dialogue has still to read: its last token and the next question.
-        is_dialogue: whether `logprobs` are those of the distribution that is sampled from, for every token.
+        is_dialogue: whether `logprobs` are those of the distribution that is sampled from, for every token; none with
+            a repetition penalty.
         stem: name and length of the first tokens of its prompt, stored once for all sequences that share them.
         is_suspect: whether a prefill with this request failed; it is then tried alone.
         listener: called by the owner of the model, after each step that changed the request.

@@ -22,7 +22,7 @@ def chosen_tokens(requests: Sequence[Request], logits: Tensor, *, never: Sequenc
     draws = [request.draw for request in requests]
     token_ids = choose_tokens(_penalized(requests, logits), draws, never=never)
     plain = [row for row, request in enumerate(requests) if request.sampling.logprobs and not request.is_dialogue]
-    drawn = [row for row, request in enumerate(requests) if request.is_dialogue]
+    drawn = [row for row, request in enumerate(requests) if request.is_dialogue and not _is_penalized(request)]
     for rows, temperatures in ((plain, None), (drawn, [draws[row].temperature or 1.0 for row in drawn])):
         if rows:
             found = logprobs_of(logits, token_ids, rows, temperatures=temperatures, never=never)
@@ -38,7 +38,7 @@ def chosen_tokens(requests: Sequence[Request], logits: Tensor, *, never: Sequenc
 
 def _penalized(requests: Sequence[Request], logits: Tensor) -> Tensor:
     """Return the logits with each request's repetition penalty."""
-    rows = [row for row, request in enumerate(requests) if request.sampling.repetition_penalty != 1.0]
+    rows = [row for row, request in enumerate(requests) if _is_penalized(request)]
     if not rows:
         return logits
     changed = logits.clone()
@@ -46,3 +46,7 @@ def _penalized(requests: Sequence[Request], logits: Tensor) -> Tensor:
         penalty = requests[row].sampling.repetition_penalty
         changed[row : row + 1] = penalize_repeats(logits[row : row + 1], [requests[row].token_ids], penalty)
     return changed
+
+
+def _is_penalized(request: Request) -> bool:
+    return request.sampling.repetition_penalty != 1.0

@@ -60,7 +60,7 @@ class DecodedImage:
         return (0.0, 0.0, self.size[0] / self.scale, self.size[1] / self.scale)
 
 
-DECODE_VERSION = 2
+DECODE_VERSION = 3
 """Version of the rules of decoding. Versions may give different pixels, so it is part of the image fingerprint."""
 
 POSTSCRIPT_STARTS = (b"%!PS", b"\xc5\xd0\xd3\xc6")
@@ -187,7 +187,8 @@ def decode_image(
         DataError, MissingDependency: as `load`.
     """
     data, name = (ref, "given as bytes") if isinstance(ref, bytes) else (read_image_bytes(ref, root), str(ref))
-    if is_dicom(data):
+    # First, because Pillow has formats without a mark of their own (TGA), as which it would open some bare data sets.
+    if is_dicom(data) or may_be_bare(data):
         return _load_dicom(data, name, dicom)
     try:
         image, inverted = open_stored(data)
@@ -200,8 +201,6 @@ def decode_image(
     except DataError as error:
         raise error if str(error).startswith("image ") else DataError(f"image {name}: {error}") from None
     except UnidentifiedImageError as error:
-        if may_be_bare(data):
-            return _load_dicom(data, name, dicom)
         kind = "its format is unknown"
         if data.startswith(TIFF_STARTS):
             kind = "its kind of TIFF (bits, byte order, colors) is not supported; convert it to PNG"
@@ -224,13 +223,13 @@ def stored_format(data: bytes) -> str:
 
     Only the header is read; the file may still not decode.
     """
-    if is_dicom(data):
+    if is_dicom(data) or may_be_bare(data):
         return "DICOM"
     try:
         with open_stored(data)[0] as image:
             return f"{image.format} {image.mode}"
     except Exception:  # decoders raise exceptions of any type
-        return "DICOM" if may_be_bare(data) else "unknown"
+        return "unknown"
 
 
 def _check_size(image: Image.Image, name: str) -> None:

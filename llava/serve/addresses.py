@@ -8,6 +8,9 @@ from urllib.parse import urlsplit
 
 from starlette.types import Scope
 
+EMBEDDING = [ipaddress.IPv6Network(text) for text in ("::ffff:0:0/96", "::/96", "::ffff:0:0:0/96", "64:ff9b::/96")]
+"""IPv6 addresses that end with an IPv4 address: mapped, compatible, translated, and those of NAT64 (RFC 6052)."""
+
 
 def header_map(scope: Scope) -> dict[str, str]:
     """Return the headers by lower-case name; the last of equal names counts."""
@@ -32,6 +35,21 @@ def is_loopback(host: str) -> bool:
         return False
     mapped = getattr(address, "ipv4_mapped", None)
     return bool((mapped or address).is_loopback)
+
+
+def reached_addresses(host: str) -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
+    """Return an address, and the IPv4 address that is reached through it if it is one of IPv6.
+
+    Raises:
+        ValueError: the host is not an address.
+    """
+    address = ipaddress.ip_address(host.split("%", 1)[0])
+    if address.version == 4:
+        return [address]
+    # Python 3.11 does not count such addresses as those of the IPv4 address in them.
+    is_embedded = any(address in network for network in EMBEDDING)
+    inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF) if is_embedded else address.sixtofour
+    return [address] if inner is None else [address, inner]
 
 
 def comes_from_here(scope: Scope, headers: Mapping[str, str]) -> bool:

@@ -246,8 +246,9 @@ class AnswerService:
         if not job.is_raw and fields.max_new_tokens is not None and fields.max_new_tokens > self.model.context:
             raise RequestError(
                 "invalid_value",
-                f"max_tokens is {fields.max_new_tokens}; the context of the model has {self.model.context} tokens",
-                param="max_tokens",
+                f"{fields.limit_param} is {fields.max_new_tokens}; "
+                f"the context of the model has {self.model.context} tokens",
+                param=fields.limit_param,
             )
         return replace(fields.sampling(), top_logprobs=job.top_logprobs)
 

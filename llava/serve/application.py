@@ -79,7 +79,9 @@ class Health:
 
 def make_app(title: str, metrics: ServerMetrics, health: Health) -> FastAPI:
     """Return an application with the routes for health, readiness and metrics."""
-    app = FastAPI(title=title, version=llava.__version__, docs_url=None, redoc_url=None, openapi_url="/openapi.json")
+    settings: dict[str, Any] = {"docs_url": None, "redoc_url": None, "openapi_url": "/openapi.json"}
+    # A redirect of /v1/chat/completions/ would lead clients of a proxy with TLS to plain http.
+    app = FastAPI(title=title, version=llava.__version__, redirect_slashes=False, **settings)
     app.add_exception_handler(RequestError, _on_request_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)

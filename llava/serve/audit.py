@@ -5,6 +5,7 @@ python -m llava.serve.audit FILE          check the chain; status 1 at the first
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -77,7 +78,7 @@ class AuditLog:
             fcntl.flock(handle, fcntl.LOCK_EX)  # controller and worker may write to one file
             previous = self._last_hash(handle)
             if fields is not None:
-                os.write(handle, audit_line(fields, previous))
+                _write_whole(handle, audit_line(fields, previous))
         finally:
             os.close(handle)
 
@@ -91,6 +92,18 @@ class AuditLog:
                 f"--audit-file {self.path} ends in the middle of a line; name another file and keep this one"
             )
         return line_hash(tail[:-1].rpartition(b"\n")[2])
+
+
+def _write_whole(handle: int, line: bytes) -> None:
+    """Append a line, or nothing: after half a line no other line could be appended.
+
+    Raises:
+        OSError: the line does not fit the disk.
+    """
+    size = os.fstat(handle).st_size
+    if os.write(handle, line) < len(line):
+        os.ftruncate(handle, size)  # the lock of the file is held, so that nothing has followed
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def check_chain(path: Path) -> int:

@@ -5,10 +5,12 @@ python -m llava.serve.controller --host localhost --port 21001 --dispatch-method
 
 from __future__ import annotations
 
+import argparse
 import random
 import time
 from collections.abc import Sequence
 
+from llava.serve.hangups import hangups_ignored
 from llava.serve.options import add_guard_options, checked_port, url_of
 from llava.serve.registry import DISPATCH, Registry
 from llava.utils.cli import Parser, run_program
@@ -41,6 +43,16 @@ def make_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a controller until a signal."""
     args = make_parser().parse_args(argv)
+    with hangups_ignored():
+        raise SystemExit(run_controller(args))
+
+
+def run_controller(args: argparse.Namespace) -> int:
+    """Pass requests on to workers until a signal; return the exit status.
+
+    Raises:
+        ConfigError: an option is wrong, or the port is taken.
+    """
     for package in ("fastapi", "uvicorn", "prometheus_client"):
         require(package, "serve")
     from llava.serve.controller_app import Controller, make_controller_app
@@ -61,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         keys=settings.keys,
         on_start=controller.watch,
     )
-    raise SystemExit(run.run(sockets, url=url_of(args.host, sockets[0].getsockname()[1])))
+    return run.run(sockets, url=url_of(args.host, sockets[0].getsockname()[1]))
 
 
 if __name__ == "__main__":

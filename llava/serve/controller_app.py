@@ -28,6 +28,7 @@ from llava.serve.options import checked_url, host_of
 from llava.serve.proxy import Forwarder, no_worker
 from llava.serve.registry import Registry, WorkerStatus, queue_length_of
 from llava.serve.schemas import GENERATE_SCHEMA, NAME_SCHEMA, REGISTER_SCHEMA, chat_schema, is_unicode_text
+from llava.utils.jsonl import JSON_ERRORS
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ class Controller:
         try:
             response = await self.http.post(f"{name}/worker_get_status", headers=self._headers(name))
             return WorkerStatus.of(response.json()) if response.status_code == 200 else None
-        except (httpx2.HTTPError, httpx2.InvalidURL, ValueError) as error:
+        except (httpx2.HTTPError, httpx2.InvalidURL, *JSON_ERRORS) as error:
             logger.warning("worker %s does not report its status (%s)", name, type(error).__name__)
             return None
 
@@ -121,10 +122,12 @@ class Controller:
         try:
             response = await self.http.get(f"{name}/v1/models", headers=headers)
             found = response.json()["data"] if response.status_code == 200 else []
-            return next((entry for entry in found if entry.get("id") == model), None)
+            entry = next((entry for entry in found if entry.get("id") == model), None)
+            JSONResponse(entry)  # what cannot be written, such as NaN, is no entry
+            return entry
         except httpx2.TransportError:
             self.forwarder.drop(name)
-        except (httpx2.HTTPError, ValueError, KeyError, TypeError, AttributeError):
+        except (httpx2.HTTPError, *JSON_ERRORS, KeyError, TypeError, AttributeError):
             return None
         return None
 

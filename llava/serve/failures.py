@@ -7,6 +7,7 @@ RequestError(code, message) --error_response--> {"error": {"message", "type", "p
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -113,4 +114,5 @@ def internal_error(request_id: str) -> RequestError:
 
 def busy(code: str, message: str, seconds: float = 1.0) -> RequestError:
     """Return an error after which a client may try again."""
-    return RequestError(code, message, retry_after=max(1, round(seconds)))
+    # Rounded up: a client that obeys must not come too early.
+    return RequestError(code, message, retry_after=max(1, math.ceil(seconds)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from llava.serve.hangups import hangups_ignored
 from llava.utils.cli import Parser, run_program
 
 
@@ -38,9 +39,10 @@ def make_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the page until a signal."""
     args = make_parser().parse_args(argv)
-    from llava.serve.page_run import run_page
+    with hangups_ignored():
+        from llava.serve.page_run import run_page
 
-    raise SystemExit(run_page(args))
+        raise SystemExit(run_page(args))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from llava.serve.audit import AuditLog
 from llava.serve.gate import GateSettings
 from llava.serve.keys import KeyRing, read_cluster_key
-from llava.serve.options import check_guards, host_of
+from llava.serve.options import check_guards, host_of, public_hosts
 
 
 def gate_settings(args: argparse.Namespace, *, urls: Iterable[str] = (), marks_audited: bool = False) -> GateSettings:
@@ -19,9 +19,9 @@ def gate_settings(args: argparse.Namespace, *, urls: Iterable[str] = (), marks_a
         DataError: the audit file cannot be written.
     """
     check_guards(args)
-    hosts = {*args.public_host, *(host_of(url) for url in urls)}
+    own = {host for url in urls if (host := host_of(url))}
     return GateSettings(
-        hosts=frozenset(host.lower() for host in hosts if host),
+        hosts=public_hosts(args) | own,
         keys=KeyRing(args.api_keys),
         cluster_key=read_cluster_key(args.cluster_key) if args.cluster_key is not None else "",
         max_body_bytes=round(args.max_body_mb * (1 << 20)),

@@ -32,6 +32,7 @@ from llava.imaging.dicom.header import integer_value, read_header
 from llava.imaging.dicom.policy import DEFAULT_POLICY, DicomPolicy
 from llava.imaging.dicom.sniff import is_dicom, may_be_bare
 from llava.imaging.geometry import MAX_PIXELS
+from llava.serve.addresses import reached_addresses
 from llava.serve.failures import RequestError
 from llava.serve.messages import ImageInput
 from llava.utils.cli import check_folder
@@ -41,6 +42,8 @@ FETCH_SECONDS = 10.0
 """Largest time that fetching an image from a URL takes."""
 
 KINDS = "PNG, JPEG, WebP, TIFF or DICOM"
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "TIFF")
+"""Pillow's names of these kinds; MPO is a JPEG file of several images."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +102,8 @@ def read_image(image: ImageInput, limits: ImageLimits, *, is_bare: bool = False)
     """
     data = _content(image, limits, is_bare)
     try:
-        _check_kind(data, image)
+        if not (_known_start(data) or _is_dicom(data)):
+            raise _unknown_kind(image)
         _check_size(data, image, limits.max_pixels)
         if (image.window, image.frame) != (None, None) and _is_dicom(data):
             return _rendered(data, limits.dicom.changed(image.window, image.frame))
@@ -153,7 +157,7 @@ def _from_base64(text: str, param: str) -> bytes:
 
 
 def _is_dicom(data: bytes) -> bool:
-    return is_dicom(data) or (may_be_bare(data) and not _known_start(data))
+    return is_dicom(data) or may_be_bare(data)
 
 
 def _known_start(data: bytes) -> bool:
@@ -161,15 +165,14 @@ def _known_start(data: bytes) -> bool:
     return is_webp or data.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", *TIFF_STARTS))
 
 
-def _check_kind(data: bytes, image: ImageInput) -> None:
-    if not (_known_start(data) or _is_dicom(data)):
-        raise RequestError("bad_image", f"the image is not {KINDS}", param=image.param)
+def _unknown_kind(image: ImageInput) -> RequestError:
+    return RequestError("bad_image", f"the image is not {KINDS}", param=image.param)
 
 
 def _check_size(data: bytes, image: ImageInput, limit: int) -> None:
     """Raise `RequestError` for an image that its header declares too large; nothing is decoded."""
     try:
-        width, height = _declared_size(data)
+        width, height = _declared_size(data, image)
     except Image.DecompressionBombError:
         raise RequestError("image_too_large", f"the image has more than {limit} pixels", param=image.param) from None
     except LlavaError:
@@ -185,12 +188,20 @@ def _check_size(data: bytes, image: ImageInput, limit: int) -> None:
         )
 
 
-def _declared_size(data: bytes) -> tuple[int, int]:
+def _declared_size(data: bytes, image: ImageInput) -> tuple[int, int]:
     if not _is_dicom(data):
         with open_stored(data)[0] as opened:
+            if opened.format not in FORMATS:  # Pillow has formats that may begin with anything
+                raise _unknown_kind(image)
             return opened.size
     dataset = read_header(data, ("Rows", "Columns"), name="given as bytes", pixels=False)
-    return integer_value(dataset, "Columns", default=0), integer_value(dataset, "Rows", default=0)
+    try:
+        width, height = integer_value(dataset, "Columns"), integer_value(dataset, "Rows")
+    except DataError as error:
+        raise DataError(f"image given as bytes {error}") from None
+    if width < 1 or height < 1:
+        raise DataError(f"image given as bytes is empty ({width} x {height} pixels)")
+    return width, height
 
 
 def _rendered(data: bytes, policy: DicomPolicy) -> bytes:
@@ -273,13 +284,11 @@ def _pinned_request(parts: SplitResult) -> dict[str, Any]:
     host = parts.hostname or ""
     port = parts.port or (443 if parts.scheme == "https" else 80)
     number = str(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][0])
-    address = ipaddress.ip_address(number.split("%", 1)[0])
     is_named = host == "localhost" or _is_number(host)
-    if not is_named and (
-        address.is_loopback or address.is_link_local or address.is_unspecified or address.is_multicast
-    ):
-        raise ValueError("the host leads to an address of this machine")
-    literal = f"[{number}]" if address.version == 6 else number
+    for address in () if is_named else reached_addresses(number):
+        if address.is_loopback or address.is_link_local or address.is_unspecified or address.is_multicast:
+            raise ValueError("the host leads to an address of this machine")
+    literal = f"[{number}]" if ":" in number else number
     return {
         "url": parts._replace(netloc=f"{literal}:{port}").geturl(),
         "headers": {"Host": parts.netloc, "Accept-Encoding": "identity"},

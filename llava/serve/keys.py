@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llava.errors import ConfigError
+from llava.errors import ConfigError, DataError
 from llava.serve.failures import RequestError, busy
 from llava.utils.jsonl import read_text
 
@@ -25,6 +25,8 @@ CLUSTER_HEADER = "x-llava-cluster"
 WINDOW_SECONDS = 60.0
 HASHED = re.compile(r"sha256:([0-9a-fA-F]{64})")
 KEY_ID = re.compile(r"[A-Za-z0-9._@-]{1,64}")
+LIMIT = re.compile(r"0{0,9}[1-9][0-9]{0,8}")
+"""Value of a limit, of few digits: Python refuses to read thousands of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,7 @@ def read_keys(path: Path) -> tuple[ApiKey, ...]:
     """Return the keys of a file; blank lines and lines that start with `#` are skipped.
 
     Raises:
-        ConfigError: others can read the file, or a line is wrong.
+        ConfigError: others can read the file, it is not text, or a line is wrong.
     """
     keys: list[ApiKey] = []
     for number, line in enumerate(_private_text(path, "--api-keys").splitlines(), 1):
@@ -68,12 +70,14 @@ def _read_line(words: list[str], where: str) -> ApiKey:
     limits: dict[str, int] = {}
     for word in words[2:]:
         name, _, value = word.partition("=")
-        if name not in ("rpm", "max_running") or name in limits or not value.isdecimal() or int(value) < 1:
-            raise ConfigError(f"{where}: {expected}, N at least 1")
+        if name not in ("rpm", "max_running") or name in limits or not LIMIT.fullmatch(value):
+            raise ConfigError(f"{where}: {expected}, N from 1 to 999999999")
         limits[name] = int(value)
     hashed = HASHED.fullmatch(words[1])
     if hashed is None and words[1].startswith("sha256:"):
         raise ConfigError(f"{where}: sha256: must be followed by 64 hexadecimal digits")
+    if not words[1].isascii():  # headers are not UTF-8, so no request could have it
+        raise ConfigError(f"{where}: the key has characters other than ASCII; expected letters, digits and signs")
     digest = bytes.fromhex(hashed[1]) if hashed else _digest(words[1])
     return ApiKey(words[0], digest, **limits)
 
@@ -82,7 +86,7 @@ def read_cluster_key(path: Path) -> str:
     """Return the key in a file of one line.
 
     Raises:
-        ConfigError: others can read the file, or it does not hold one word of at least 16 characters.
+        ConfigError: others can read the file, it is not text, or it does not hold one word of at least 16 characters.
     """
     words = _private_text(path, "--cluster-key").split()
     if len(words) != 1 or len(words[0]) < 16 or not words[0].isascii():
@@ -100,6 +104,8 @@ def _private_text(path: Path, option: str) -> str:
         return read_text(path)
     except OSError as error:
         raise ConfigError(f"{option} {path} cannot be read: {error.strerror or error}") from None
+    except DataError as error:
+        raise ConfigError(f"{option}: {error}") from None
 
 
 def _digest(text: str) -> bytes:

@@ -18,7 +18,7 @@ from typing import Any
 import uvicorn
 from starlette.types import ASGIApp
 
-from llava.errors import ConfigError
+from llava.errors import ConfigError, LlavaError
 from llava.serve.admission import Admission
 from llava.serve.keys import KeyRing
 
@@ -85,7 +85,7 @@ class ServerRun:
         app: the application with its gate.
         admission: what drains before the end.
         drain_seconds: time that running requests have after the first signal.
-        keys: read again on SIGHUP.
+        keys: read again when the server begins to listen, and on SIGHUP.
         fatal: returns why the process must end with status 1; "" while it need not.
         on_start: runs beside the server from the time when requests are accepted, and is canceled at the end.
         on_drain: awaited when draining begins.
@@ -114,6 +114,7 @@ class ServerRun:
         gc.collect()
         gc.freeze()
         with _handlers(self._on_signal, self._reload):
+            self._reload()  # a signal that came while the model was loaded was ignored
             asyncio.run(self._serve(server, sockets, url))
         return self._status
 
@@ -159,7 +160,7 @@ class ServerRun:
     def _reload(self, *_: Any) -> None:
         try:
             self.keys.reload()
-        except ConfigError as error:
+        except LlavaError as error:
             logger.error("the keys stay as they were: %s", error)
 
 

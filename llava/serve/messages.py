@@ -20,9 +20,11 @@ from llava.imaging.dicom.policy import DicomPolicy
 from llava.samples import Conversation, Turn
 from llava.serve.failures import RequestError
 from llava.serve.schemas import (
+    MAX_MESSAGES,
     MAX_STOPS,
-    NEUTRAL,
-    NEUTRAL_OF_MESSAGES,
+    TAGS,
+    UNKNOWN,
+    UNSUPPORTED,
     ChatBody,
     ChatMessage,
     ImageUrl,
@@ -33,6 +35,9 @@ from llava.serve.schemas import (
 OLD_MAX_NEW_TOKENS = 1024
 MAX_PARAM = 120
 """Maximum characters of `param`, since clients choose field names."""
+
+MAX_MARKS = 1 << 18
+"""Maximum number of the characters `[`, `{` and `:` in a body, which bounds its lists, objects and names."""
 
 GREEDY_BELOW = 1e-3
 """Temperature of the old protocol below which decoding is greedy."""
@@ -96,10 +101,17 @@ class RawRequest:
 
 @dataclass(frozen=True, slots=True)
 class SamplingFields:
-    """Sampling parameters of a request; without a limit of tokens the answer may fill context and memory."""
+    """Sampling parameters of a request; without a limit of tokens the answer may fill context and memory.
+
+    Attributes:
+        max_new_tokens: limit of tokens.
+        others: the other parameters, by their names in `Sampling`.
+        limit_param: name of the field with the limit.
+    """
 
     max_new_tokens: int | None
     others: Mapping[str, Any]
+    limit_param: str = "max_tokens"
 
     def sampling(self) -> Sampling:
         """Return the parameters for an engine."""
@@ -110,10 +122,13 @@ def parse_json(body: bytes) -> dict[str, Any]:
     """Return the object in a body.
 
     Raises:
-        RequestError: the body is not a JSON object.
+        RequestError: the body is not a JSON object, repeats a name within an object, or has too many lists or names.
     """
+    # Ten million empty lists take seconds, in which no answer grows. Text and base64 are not slower for this count.
+    if sum(map(body.count, (b"[", b"{", b":"))) > MAX_MARKS:
+        raise RequestError("invalid_value", f"the body has more than {MAX_MARKS} of the characters [ {{ :")
     try:
-        value = json.loads(body)
+        value = json.loads(body, object_pairs_hook=_object_of)
     except (ValueError, RecursionError) as error:
         kind = "nested too deeply" if isinstance(error, RecursionError) else "not JSON in UTF-8"
         raise RequestError("invalid_json", f"the body is {kind}; expected a JSON object") from None
@@ -122,28 +137,28 @@ def parse_json(body: bytes) -> dict[str, Any]:
     return value
 
 
+def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON, whose names differ; Python would keep the last of equal ones."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise RequestError("invalid_json", "an object of the body has a name twice; expected each name once")
+    return found
+
+
 def parse_chat(value: Mapping[str, Any]) -> ChatRequest:
     """Return the request in the body of POST /v1/chat/completions.
 
     Raises:
         RequestError: a field is missing, unknown or wrong; `param` names it.
     """
-    fields = _without_neutral(value, NEUTRAL, "")
-    messages = fields.get("messages")
-    if isinstance(messages, list):
-        fields["messages"] = [
-            _without_neutral(one, NEUTRAL_OF_MESSAGES, f"messages[{place}].") if isinstance(one, Mapping) else one
-            for place, one in enumerate(messages)
-        ]
     try:
-        body = ChatBody.model_validate(fields)
+        body = ChatBody.model_validate(dict(value))
     except ValidationError as error:
         raise _refusal(error) from None
     conversation, images, texts = _read_messages(body.messages)
     if body.stream_options is not None and not body.stream:
         raise RequestError("invalid_value", "stream_options needs stream: true", param="stream_options")
-    if body.top_logprobs and not body.logprobs:
-        raise RequestError("invalid_value", "top_logprobs needs logprobs: true", param="top_logprobs")
+    _check_logprobs(body)
     return ChatRequest(
         body.model,
         conversation,
@@ -158,36 +173,31 @@ def parse_chat(value: Mapping[str, Any]) -> ChatRequest:
     )
 
 
-def _without_neutral(value: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]], where: str) -> dict[str, Any]:
-    """Return the fields without known ones that have no effect.
-
-    Raises:
-        RequestError: a known field has an effect that is not supported.
-    """
-    kept = {}
-    for name, field in value.items():
-        if name not in neutral:
-            kept[name] = field
-        elif field is not None and not any(field == one and type(field) in _alike(one) for one in neutral[name]):
-            raise RequestError(
-                "unsupported_parameter", f"{where}{name} is not supported with this value", param=f"{where}{name}"
-            )
-    return kept
-
-
-def _alike(value: Any) -> tuple[type, ...]:
-    return (int, float) if isinstance(value, int) and not isinstance(value, bool) else (type(value),)
+def _check_logprobs(body: ChatBody) -> None:
+    """Raise `RequestError` for log-probabilities that an engine (`check_dialogue`) would refuse."""
+    if body.top_logprobs and not body.logprobs:
+        raise RequestError("invalid_value", "top_logprobs needs logprobs: true", param="top_logprobs")
+    if body.dialogue is None:
+        return
+    if body.top_logprobs:
+        raise RequestError("invalid_value", "top_logprobs must be 0 with dialogue", param="top_logprobs")
+    if body.logprobs and body.repetition_penalty not in (None, 1):
+        reason = "repetition_penalty must be 1 with dialogue and logprobs"
+        raise RequestError("invalid_value", reason, param="repetition_penalty")
 
 
 def _refusal(error: ValidationError) -> RequestError:
     """Return the first error of a validation, without the value that was sent."""
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    param = _param(first["loc"])
-    if first["type"] == "extra_forbidden":
-        return RequestError("unknown_parameter", f"{param} is not a known field", param=param)
-    if first["type"] == "string_unicode" and param.startswith("messages"):
-        return RequestError("invalid_content", f"{param} {first['msg']}", param=param)
-    return RequestError("invalid_value", f"{param}: {first['msg'][:1].lower()}{first['msg'][1:]}", param=param)
+    first = error.errors(include_url=False, include_input=False)[0]
+    kind, where = first["type"], _param(first["loc"])
+    if kind in (UNKNOWN, UNSUPPORTED):
+        name = first["ctx"]["name"]
+        param = (f"{where}.{name}" if where else name)[:MAX_PARAM]
+        reason = "is not a known field" if kind == UNKNOWN else "is not supported with this value"
+        return RequestError(kind, f"{param} {reason}", param=param)
+    if kind == "string_unicode" and where.startswith("messages"):
+        return RequestError("invalid_content", f"{where} {first['msg']}", param=where)
+    return RequestError("invalid_value", f"{where}: {first['msg'][:1].lower()}{first['msg'][1:]}", param=where)
 
 
 def _param(location: Sequence[int | str]) -> str:
@@ -196,7 +206,7 @@ def _param(location: Sequence[int | str]) -> str:
     for part in location:
         if isinstance(part, int):
             path += f"[{part}]"
-        elif not part.startswith("<"):
+        elif part not in TAGS:
             path += f".{part}" if path else part
     return path[:MAX_PARAM]
 
@@ -305,6 +315,7 @@ def _sampling_fields(body: ChatBody) -> SamplingFields:
     return SamplingFields(
         body.max_completion_tokens or body.max_tokens,
         {name: value for name, value in others.items() if value is not None} | {"stop": _stops(stop)},
+        "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens",
     )
 
 
@@ -321,8 +332,8 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
-def _is_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(is_unicode_text(one) for one in value)
+def _is_texts(value: Any, limit: int) -> bool:
+    return isinstance(value, list) and len(value) <= limit and all(is_unicode_text(one) for one in value)
 
 
 OLD_FIELDS: dict[str, tuple[Check, str]] = {
@@ -331,11 +342,8 @@ OLD_FIELDS: dict[str, tuple[Check, str]] = {
     "temperature": (lambda value: _is_number(value) and value >= 0, "a number of at least 0"),
     "top_p": (lambda value: _is_number(value) and 0 < value <= 1, "a number above 0 and at most 1"),
     "max_new_tokens": (lambda value: type(value) is int and value >= 1, "an integer of at least 1"),
-    "stop": (
-        lambda value: is_unicode_text(value) or (_is_texts(value) and len(value) <= MAX_STOPS),
-        "a string or a list",
-    ),
-    "images": (_is_texts, "a list of base64 strings"),
+    "stop": (lambda value: is_unicode_text(value) or _is_texts(value, MAX_STOPS), "a string or a list"),
+    "images": (lambda value: _is_texts(value, MAX_MESSAGES), f"a list of at most {MAX_MESSAGES} base64 strings"),
 }
 """Fields of the old protocol, with their checks; null counts as absent, and other fields never had an effect."""
 

@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 
 from llava.generation.options import add_engine_options
+from llava.serve.hangups import hangups_ignored
 from llava.serve.options import WITHOUT_EFFECT, add_guard_options, add_loading_names, add_queue_options
 from llava.utils.cli import Parser, run_program
 
@@ -66,9 +67,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Before torch is loaded. OpenMP's threads spin while they wait, and keep a processor from the thread that they wait
     # for: with images being read beside the model, 32 answers took 11 s in place of 2.5.
     os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
-    from llava.serve.worker_run import run_worker
+    with hangups_ignored():
+        from llava.serve.worker_run import run_worker
 
-    raise SystemExit(run_worker(args))
+        raise SystemExit(run_worker(args))
 
 
 if __name__ == "__main__":

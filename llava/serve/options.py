@@ -6,6 +6,9 @@ Importing this module loads neither torch nor the packages of the extra `serve`.
 from __future__ import annotations
 
 import argparse
+import ipaddress
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -14,6 +17,8 @@ from llava.utils.cli import Parser, is_server_url
 
 WITHOUT_EFFECT = ("multi_modal", "keep_aspect_ratio", "stream_interval", "use_flash_attn")
 """Options of the original workers that have no effect here."""
+
+HOST_NAME = re.compile(r"[A-Za-z0-9._-]{1,253}")
 
 # No option may begin with --controller or --worker: the published commands use these prefixes.
 
@@ -79,15 +84,40 @@ def add_queue_options(parser: Parser) -> None:
 
 
 def check_guards(args: argparse.Namespace) -> None:
-    """Check the numbers of the guard rails.
+    """Check the numbers and the hosts of the guard rails.
 
     Raises:
-        ConfigError: one is out of range.
+        ConfigError: a number is out of range, or a host cannot be that of a request.
     """
     if not 0 < args.max_body_mb <= 4096:
         raise ConfigError(f"--max-body-mb is {args.max_body_mb}; expected more than 0 and at most 4096")
     if not 0 <= args.drain_seconds <= 86400:
         raise ConfigError(f"--drain-seconds is {args.drain_seconds}; expected 0 to 86400")
+    public_hosts(args)
+
+
+def public_hosts(args: argparse.Namespace) -> frozenset[str]:
+    """Return the hosts of --public-host in lower case.
+
+    Raises:
+        ConfigError: one cannot be the host of a request, which is compared without port and brackets.
+    """
+    hosts: Iterable[str] = args.public_host
+    for host in hosts:
+        if not (HOST_NAME.fullmatch(host) or _is_ipv6(host)):
+            raise ConfigError(
+                f"--public-host {host!r} is not a host name or an address; expected it without scheme, port, brackets "
+                "and path, and a name with other letters as xn--..."
+            )
+    return frozenset(host.lower() for host in hosts)
+
+
+def _is_ipv6(host: str) -> bool:
+    try:
+        ipaddress.IPv6Address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def checked_port(port: int, option: str = "--port") -> int:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llava.errors import ConfigError
-from llava.serve.options import checked_port, checked_url, host_of, url_of
+from llava.serve.options import checked_port, checked_url, host_of, public_hosts, url_of
 from llava.utils.log import setup_logging
 from llava.utils.lookup import require
 
@@ -52,7 +52,7 @@ def run_page(args: argparse.Namespace) -> int:
     given = [f"--{name}" for name in ("share", "moderate") if getattr(args, name)]
     if given:
         logger.warning("without effect here: %s; nothing leaves this server", ", ".join(given))
-    controller = checked_url(args.controller_url, "--controller-url")
+    controller, hosts = checked_url(args.controller_url, "--controller-url"), public_hosts(args)
     sockets = bind(args.host, checked_port(args.port))
     url = url_of(args.host, sockets[0].getsockname()[1])
     with private_folder():
@@ -65,8 +65,7 @@ def run_page(args: argparse.Namespace) -> int:
         server = PageServer(
             controller, Admission(max_running=1 << 30), PageLog(folder), reloads=args.model_list_mode == "reload"
         )
-        hosts = frozenset(host.lower() for host in (*args.public_host, host_of(url)))
-        app = make_page_app(server, hosts, num_handlers=args.concurrency_count, is_embedded=args.embed)
+        app = make_page_app(server, hosts | {host_of(url)}, num_handlers=args.concurrency_count, is_embedded=args.embed)
         run = ServerRun(app, server.admission, drain_seconds=args.drain_seconds)
         return run.run(sockets, url=url)
 

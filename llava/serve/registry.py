@@ -12,10 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llava.errors import ConfigError
+from llava.utils.jsonl import is_unicode
 from llava.utils.lookup import lookup
 
 EXPIRY_SECONDS = 30.0
 """Silence after which a worker with heartbeats is dropped."""
+
+MAX_SPEED = 1e9
+"""Largest speed of a worker; larger ones would have no finite sum."""
 
 SMALLEST_SPEED = 1e-4
 """Sum of speeds below which no worker is drawn."""
@@ -39,10 +43,12 @@ class WorkerStatus:
         if not isinstance(value, Mapping):
             raise ConfigError(f"worker_status must be an object, got {type(value).__name__}")
         names, speed, length = value.get("model_names"), value.get("speed", 1), value.get("queue_length", 0)
-        if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-            raise ConfigError("worker_status.model_names must be a list of names")
-        if isinstance(speed, bool) or not isinstance(speed, int | float) or not 0 <= speed < math.inf:
-            raise ConfigError("worker_status.speed must be a number of at least 0")
+        if not isinstance(names, list) or not all(
+            isinstance(name, str) and name and is_unicode(name) for name in names
+        ):
+            raise ConfigError("worker_status.model_names must be a list of names in Unicode")
+        if isinstance(speed, bool) or not isinstance(speed, int | float) or not 0 <= speed <= MAX_SPEED:
+            raise ConfigError(f"worker_status.speed must be a number from 0 to {MAX_SPEED:.0f}")
         return cls(tuple(dict.fromkeys(names)), float(speed), queue_length_of(length, "worker_status.queue_length"))
 
     def as_json(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from llava.errors import ConfigError, MissingDependency
 from llava.generation.options import IMAGE_HELP, MORE_MODEL_HELP
+from llava.serve.hangups import hangups_ignored
 from llava.serve.model_worker import add_model_options
 from llava.serve.options import add_guard_options, add_queue_options, check_guards, checked_port, url_of
 from llava.serve.supervisor import Service, Supervisor
@@ -66,8 +67,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(with_config(parser, argv))
     setup_logging()
-    services = services_of(args)
-    raise SystemExit(Supervisor(services, ready_line(args, services), drain_seconds=args.drain_seconds).run())
+    with hangups_ignored():
+        services = services_of(args)
+        raise SystemExit(Supervisor(services, ready_line(args, services), drain_seconds=args.drain_seconds).run())
 
 
 def ready_line(args: argparse.Namespace, services: Sequence[Service]) -> str:

@@ -5,9 +5,10 @@ Importing this module needs the extra `serve`.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Final, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from llava.utils.jsonl import is_unicode
@@ -18,12 +19,98 @@ MAX_ANSWERS, MAX_STOPS, MAX_TOP_LOGPROBS, MAX_TOKEN_IDS = 16, 16, 20, 1 << 17
 MAX_MESSAGES, MAX_METADATA = 4096, 64
 """Largest number of messages, of parts of a message, and of entries of `metadata`: a body may hold a million."""
 
-AS_TEXT, AS_PARTS, AS_TEXT_PART, AS_IMAGE_PART = "<text>", "<parts>", "<text part>", "<image part>"
+AS_TEXT, AS_NUMBER, AS_PARTS = "<text>", "<number>", "<parts>"
+AS_TEXT_PART, AS_IMAGE_PART = "<text part>", "<image part>"
+TAGS = (AS_TEXT, AS_NUMBER, AS_PARTS, AS_TEXT_PART, AS_IMAGE_PART)
 """Tags of alternatives; the location of an error lists those that were taken."""
+
+UNKNOWN: Final = "unknown_parameter"
+UNSUPPORTED: Final = "unsupported_parameter"
+"""Types of the errors of fields; `name` in their context names the field."""
+
+Neutral = Mapping[str, tuple[Any, ...]]
+
+
+NEUTRAL: Neutral = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "logit_bias": ({},),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+    "safety_identifier": (),
+    "prompt_cache_key": (),
+    "prompt_cache_options": ({}, {"mode": "implicit"}),
+    "prompt_cache_retention": (),
+    "moderation": (),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+    "min_p": (0,),
+    "min_tokens": (0,),
+    "length_penalty": (1,),
+    "use_beam_search": (False,),
+    "ignore_eos": (False,),
+    "stop_token_ids": ([],),
+    "skip_special_tokens": (True,),
+}
+"""Fields that other servers know, with their values without effect; these and null are accepted, others refused."""
+
+NEUTRAL_OF_MESSAGES: Neutral = {
+    "name": (),
+    "refusal": (),
+    "audio": (),
+    "annotations": ([],),
+    "tool_calls": ([],),
+    "tool_call_id": (),
+    "function_call": (),
+    "reasoning_content": (),
+}
+"""The same for fields of a message, such as those of an answer that a client sends back."""
+
+NEUTRAL_OF_PARTS: Neutral = {"prompt_cache_breakpoint": ()}
+NEUTRAL_OF_STREAMS: Neutral = {"include_obfuscation": (False,)}
+"""The same for parts of a message and for `stream_options`."""
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    neutral: ClassVar[Neutral] = {}
+    """Fields without effect here, with their values that are accepted in addition to null."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, value: Any) -> Any:
+        """Return the fields that have an effect; the first one that is unknown or not supported is refused."""
+        # `extra="forbid"` alone collects an error of 1 kB for each unknown name, and a body has room for a million.
+        if not isinstance(value, dict) or value.keys() <= cls.model_fields.keys():
+            return value
+        for name, field in value.items():
+            if name not in cls.model_fields and not _is_neutral(field, cls.neutral.get(name)):
+                # The library cannot show a name that has unpaired surrogates.
+                shown = {"name": name.encode(errors="replace").decode()}
+                raise PydanticCustomError(UNSUPPORTED if name in cls.neutral else UNKNOWN, "refused", shown)
+        return {name: field for name, field in value.items() if name in cls.model_fields}
+
+
+def _is_neutral(value: Any, neutral: tuple[Any, ...] | None) -> bool:
+    """Return whether a field is null or has one of these values; None: the field is not known."""
+    if neutral is None:
+        return False
+    return value is None or any(value == one and type(value) in _alike(one) for one in neutral)
+
+
+def _alike(value: Any) -> tuple[type, ...]:
+    return (int, float) if isinstance(value, int) and not isinstance(value, bool) else (type(value),)
 
 
 def is_unicode_text(value: Any) -> bool:
@@ -45,14 +132,14 @@ def _kind_of_content(value: Any) -> str:
 
 
 def _kind_of_frame(value: Any) -> str:
-    return AS_TEXT if isinstance(value, str) else "<number>"
+    return AS_TEXT if isinstance(value, str) else AS_NUMBER
 
 
 Frame = Annotated[
-    Annotated[Text, Tag(AS_TEXT)] | Annotated[int, Field(ge=0), Tag("<number>")], Discriminator(_kind_of_frame)
+    Annotated[Text, Tag(AS_TEXT)] | Annotated[int, Field(ge=0), Tag(AS_NUMBER)], Discriminator(_kind_of_frame)
 ]
 Stop = Annotated[
-    Annotated[Text, Tag(AS_TEXT)] | Annotated[list[Text], Field(max_length=MAX_STOPS), Tag(AS_PARTS)],
+    Annotated[Text, Tag(AS_TEXT)] | Annotated[list[Text], Field(fail_fast=True, max_length=MAX_STOPS), Tag(AS_PARTS)],
     Discriminator(_kind_of_content),
 ]
 
@@ -61,7 +148,7 @@ class ImageUrl(_Strict):
     """Image of a message: a `data:` URI, and for DICOM files a window and a frame."""
 
     url: Text
-    detail: Literal["auto", "low", "high"] | None = None
+    detail: Literal["auto", "low", "high", "original"] | None = None
     window: Text | None = None
     frame: Frame | None = None
 
@@ -69,12 +156,16 @@ class ImageUrl(_Strict):
 class TextPart(_Strict):
     """Text in the content of a message."""
 
+    neutral = NEUTRAL_OF_PARTS
+
     type: Literal["text"]
     text: Text
 
 
 class ImagePart(_Strict):
     """Image in the content of a message."""
+
+    neutral = NEUTRAL_OF_PARTS
 
     type: Literal["image_url"]
     image_url: ImageUrl
@@ -93,18 +184,23 @@ Part = Annotated[
         custom_error_message="expected an object of type text or image_url",
     ),
 ]
-Parts = Annotated[list[Part], Field(min_length=1, max_length=MAX_MESSAGES), Tag(AS_PARTS)]
+# `fail_fast`: a body has room for millions of wrong elements, and one error names the field.
+Parts = Annotated[list[Part], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES), Tag(AS_PARTS)]
 Content = Annotated[Annotated[Text, Tag(AS_TEXT)] | Parts, Discriminator(_kind_of_content)]
+
+
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True, min_length=1, max_length=MAX_TOKEN_IDS)]
 
 
 class ChatMessage(_Strict):
     """Message of a chat."""
 
+    neutral = NEUTRAL_OF_MESSAGES
+
     role: Literal["system", "developer", "user", "assistant"]
     content: Content
-    token_ids: (
-        Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1, max_length=MAX_TOKEN_IDS)] | None
-    ) = None
+    token_ids: TokenIds | None = None
 
 
 class ContinuedDialogue(_Strict):
@@ -116,14 +212,18 @@ class ContinuedDialogue(_Strict):
 class StreamOptions(_Strict):
     """Options of a streamed answer."""
 
+    neutral = NEUTRAL_OF_STREAMS
+
     include_usage: bool | None = None
 
 
 class ChatBody(_Strict):
     """Body of POST /v1/chat/completions."""
 
+    neutral = NEUTRAL
+
     model: Text
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=MAX_ANSWERS)] | None = None
@@ -141,54 +241,10 @@ class ChatBody(_Strict):
     return_token_ids: bool | None = None
     dialogue: ContinuedDialogue | None = None
     user: Text | None = None
-    metadata: Annotated[dict[Text, Text], Field(max_length=MAX_METADATA)] | None = None
+    metadata: Annotated[dict[Text, Text], Field(fail_fast=True, max_length=MAX_METADATA)] | None = None
     store: bool | None = None
     service_tier: Text | None = None
     parallel_tool_calls: bool | None = None
-
-
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "logit_bias": ({},),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "modalities": (["text"],),
-    "audio": (),
-    "prediction": (),
-    "reasoning_effort": ("none",),
-    "verbosity": ("medium",),
-    "web_search_options": (),
-    "safety_identifier": (),
-    "prompt_cache_key": (),
-    "prompt_cache_retention": (),
-    "best_of": (1,),
-    "echo": (False,),
-    "suffix": ("",),
-    "min_p": (0,),
-    "min_tokens": (0,),
-    "length_penalty": (1,),
-    "use_beam_search": (False,),
-    "ignore_eos": (False,),
-    "stop_token_ids": ([],),
-    "skip_special_tokens": (True,),
-}
-"""Fields that other servers know, with their values without effect; these and null are accepted, others refused."""
-
-NEUTRAL_OF_MESSAGES: dict[str, tuple[Any, ...]] = {
-    "name": (),
-    "refusal": (),
-    "audio": (),
-    "annotations": ([],),
-    "tool_calls": ([],),
-    "tool_call_id": (),
-    "function_call": (),
-    "reasoning_content": (),
-}
-"""The same for fields of a message, such as those of an answer that a client sends back."""
 
 
 NAME_SCHEMA: dict[str, Any] = {

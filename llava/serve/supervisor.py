@@ -58,8 +58,8 @@ class Service:
         """Start the process, in the process group of this one."""
         command = [sys.executable, "-m", self.module, *self.words]
         # This process has no other threads, which a function before exec would not be safe with.
-        end_with_parent = _death_signal(os.getpid())
-        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=end_with_parent)  # noqa: PLW1509
+        settings = _child_settings(os.getpid())
+        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=settings)  # noqa: PLW1509
         self.started, self.restart_at = time.monotonic(), None
 
     @property
@@ -181,16 +181,20 @@ class Supervisor:
                 signal.signal(number, handler)
 
 
-def _death_signal(parent: int) -> Callable[[], None]:
-    """Return a function that makes a new process get SIGTERM when its parent dies, where supported."""
+def _child_settings(parent: int) -> Callable[[], None]:
+    """Return a function that makes a new process ignore SIGHUP at first, and end with its parent."""
+    # Not all systems can send a signal when a parent dies.
     try:
         prctl = ctypes.CDLL(None).prctl
     except (OSError, AttributeError):
-        return lambda: None
+        prctl = None
 
-    def set_signal() -> None:
+    def settings() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # is kept by exec, so that it holds from the start of Python
+        if prctl is None:
+            return
         prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
         if os.getppid() != parent:  # it died in the meantime
             os._exit(1)
 
-    return set_signal
+    return settings

@@ -181,7 +181,13 @@ def test_a_dialogue_that_outgrows_the_context_says_so(llama: LoadedModel) -> Non
 
 def test_what_dialogues_cannot_do_is_refused(llama: LoadedModel) -> None:
     engine = engine_of(llama)
-    for options, words in (({"top_p": 0.9}, "top_p=0.9"), ({"top_k": 5}, "top_k=5")):
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"top_p": 0.9}, "top_p=0.9"),
+        ({"top_k": 5}, "top_k=5"),
+        ({"repetition_penalty": 1.5}, r"repetition_penalty=1\.5"),
+        ({"top_logprobs": 2}, "top_logprobs=0, got 2"),
+    ]
+    for options, words in refused:
         with pytest.raises(ConfigError, match=words):
             engine.converse([script(0)], replace(SAMPLING, **options))
     with pytest.raises(ConfigError, match="num_beams"):

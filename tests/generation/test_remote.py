@@ -110,6 +110,7 @@ def test_closing_a_stream_frees_the_slot(both: Pair) -> None:
         ("vicuna_v1", Sampling(max_new_tokens=9, temperature=0.7, n=2, logprobs=True)),
         ("chatml", Sampling(max_new_tokens=9, temperature=0.7, n=2, logprobs=True)),
         ("vicuna_v1", Sampling(max_new_tokens=6, logprobs=True, n=2)),
+        ("vicuna_v1", Sampling(max_new_tokens=6, repetition_penalty=1.5)),
         ("chatml", Sampling(max_new_tokens=6, logprobs=True, n=2)),
         ("vicuna_v1", Sampling(max_new_tokens=3, temperature=1.0, n=17, seed=2)),  # more than one request
     ],

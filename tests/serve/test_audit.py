@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,20 @@ def test_a_file_that_ends_in_a_line_is_not_continued(tmp_path: Path) -> None:
     path.write_bytes(b'{"previous"')
     with pytest.raises(DataError, match="middle of a line"):
         AuditLog(path)
+
+
+def test_a_line_that_is_written_in_part_is_taken_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, write = tmp_path / "audit", os.write
+    lines = written(path)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", lambda handle, line: write(handle, line[:20]))  # as a full disk does
+        AuditLog(path).write({"request_id": "r9"})
+    assert path.read_bytes() == b"".join(lines)
+    assert "the audit line of request r9 is lost: [Errno 28]" in caplog.text
+    written(path, 1)
+    assert check_chain(path) == len(lines) + 1
 
 
 def _write_many(path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx2
 import pytest
+from starlette.requests import Request
 
 from llava.serve.audit import AuditLog
 from llava.serve.controller_app import Controller, affinity_of, make_controller_app
@@ -22,7 +23,7 @@ from llava.serve.flights import Flights
 from llava.serve.gate import AUDITED_HEADER, GateSettings
 from llava.serve.heartbeat import Heart
 from llava.serve.proxy import ContentSearch, code_of, error_piece
-from llava.serve.registry import Registry
+from llava.serve.registry import Registry, WorkerStatus
 from tests.serve.test_worker import CHAT, GENERATE, HELLO, OLD, data_of, frames_of
 from tests.support.ports import free_ports
 from tests.support.served import MODEL, ScriptedEngine, scripted_app, scripted_service, served
@@ -83,6 +84,12 @@ def test_old_routes() -> None:
         ("/register_worker", b'{"worker_name": "localhost:1"}'),
         ("/register_worker", b'{"worker_name": "http://localhost:1", "check_heart_beat": 1}'),
         ("/register_worker", b'{"worker_name": "http://localhost:1", "worker_status": {"model_names": 1}}'),
+        (
+            "/register_worker",
+            b'{"worker_name": "http://localhost:1", "worker_status": {"model_names": ["m"], "speed": 1%s}}'
+            % (b"0" * 400),
+        ),
+        ("/register_worker", b'{"worker_name": "http://localhost:1", "worker_status": {"model_names": ["\\ud800"]}}'),
         ("/unregister_worker", b"[]"),
         ("/get_worker_address", b"{}"),
         ("/receive_heart_beat", b'{"worker_name": "a", "queue_length": "1"}'),
@@ -93,6 +100,36 @@ def test_malformed_bodies_of_old_routes(path: str, body: bytes) -> None:
     with controller() as (client, _):
         response = client.post(path, content=body)
         assert response.status_code == 400 and response.json()["error"]["code"] in ("invalid_json", "invalid_value")
+
+
+def reporting(body: bytes) -> Controller:
+    """Return a controller whose worker `http://w` of model `m` reports a body."""
+    transport = httpx2.MockTransport(lambda request: httpx2.Response(200, content=body))
+    made = Controller(Registry(time.monotonic), transport=transport)
+    made.registry.register("http://w", WorkerStatus(("m",)), check_heart_beat=False)
+    return made
+
+
+@pytest.mark.parametrize(
+    "status",
+    [b'{"model_names": ["m"], "speed": 1%s}' % (b"0" * 400), b'{"model_names": ["\\ud800"]}', b"[" * 100_000, b"\xff"],
+    ids=["speed", "name", "nested", "bytes"],
+)
+def test_a_worker_that_reports_a_wrong_status_is_dropped(status: bytes) -> None:
+    made = reporting(status)
+    asyncio.run(made.refresh())
+    assert made.registry.names == []
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b'{"data": [{"id": "m", "a": NaN}]}', b'{"data": [{"id": "m", "a": "\\ud800"}]}', b"[" * 100_000],
+    ids=["number", "text", "nested"],
+)
+def test_a_model_whose_description_cannot_be_passed_on_is_left_out(body: bytes) -> None:
+    request = Request({"type": "http", "headers": []})
+    assert asyncio.run(reporting(body).describe(request)) == []
+    assert asyncio.run(reporting(b'{"data": [{"id": "m"}]}').describe(request)) == [{"id": "m"}]
 
 
 def test_both_protocols_are_passed_on() -> None:

@@ -9,16 +9,17 @@ import struct
 import zlib
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from llava.errors import ConfigError
+from llava.errors import ConfigError, DataError
 from llava.imaging.decode import decode_image
 from llava.imaging.dicom.policy import DicomPolicy
 from llava.serve.failures import RequestError
-from llava.serve.image_inputs import ImageLimits, read_image, read_images
+from llava.serve.image_inputs import ImageLimits, _pinned_request, read_image, read_images
 from llava.serve.messages import ImageInput
 from tests.support import file_server
 from tests.support.dicom_files import make, make_dataset, to_bytes
@@ -105,6 +106,46 @@ def test_the_limit_of_pixels_is_checked_on_the_header() -> None:
     large = make_dataset(np.zeros((4, 4), np.uint16))
     large.Rows = large.Columns = 50_000
     assert code_of(encoded(to_bytes(large))) == "image_too_large"
+
+
+def test_what_looks_like_a_bare_data_set_is_opened_as_nothing_else() -> None:
+    # A header of TGA, of 9,000 x 9,000 pixels, whose origin of 8, 16 is the next field of a data set.
+    header = struct.pack("<BBBHHBHHHHBB", 8, 0, 10, 0, 0, 0, 8, 16, 9_000, 9_000, 24, 0)
+    data = header + bytes(8) + b"\xff\0\0\0" * 20
+    assert Image.open(io.BytesIO(data)).format == "TGA"
+    assert code_of(encoded(data)) == "bad_image"
+    with pytest.raises(DataError, match="no fields that describe an image"):
+        decode_image(data)
+
+
+def test_a_start_of_jpeg_does_not_open_another_format() -> None:
+    photo = bytearray(b"\xff\xd8\xff".ljust(6144, b"\0"))
+    photo[2048:2052] = b"PCD_"
+    assert Image.open(io.BytesIO(photo)).format == "PCD"
+    assert code_of(encoded(bytes(photo))) == "bad_image"
+
+
+@pytest.mark.parametrize("rows", [None, 0])
+def test_a_dicom_file_without_a_size_is_no_image(rows: int | None) -> None:
+    dataset = make_dataset(np.zeros((4, 4), np.uint16))
+    dataset.Rows = rows
+    assert code_of(encoded(to_bytes(dataset))) == "bad_image"
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["127.0.0.1", "::1", "::ffff:127.0.0.1", "::127.0.0.1", "64:ff9b::7f00:1", "::ffff:a9fe:a9fe", "fe80::1%1"],
+)
+def test_names_of_this_machine_are_not_fetched(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(0, 0, 0, "", (address, 80))])
+    with pytest.raises(ValueError, match="this machine"):
+        _pinned_request(urlsplit("http://pacs.example/a.png"))
+
+
+def test_the_address_that_was_checked_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(0, 0, 0, "", ("2001:db8::7", 80))])
+    request = _pinned_request(urlsplit("http://pacs.example/a.png"))
+    assert request["url"] == "http://[2001:db8::7]:80/a.png" and request["headers"]["Host"] == "pacs.example"
 
 
 def test_a_window_of_its_own_gives_the_pixels_of_that_window() -> None:

@@ -41,11 +41,21 @@ def test_lines_with_limits_comments_and_hashes(tmp_path: Path) -> None:
     [
         *("", "# nothing\n", "one\n", "a x rpm=0\n", "a x rpm=two\n", "a x size=1\n", "a x rpm=1 rpm=2\n"),
         *("a x\na y\n", "a x\nb x\n", "a sha256:12\n", "a/b x\n"),
+        *(f"a x rpm={'9' * 5000}\n", "a x rpm=٣\n", "a schlüssel\n"),
     ],
 )
 def test_wrong_files(text: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--api-keys"):
         read_keys(key_file(tmp_path, text))
+
+
+def test_files_that_are_not_text_are_refused(tmp_path: Path) -> None:
+    path = key_file(tmp_path, "")
+    path.write_bytes(b"a 0123456789abcdef\xff\n")
+    with pytest.raises(ConfigError, match=r"--api-keys.*UTF-8"):
+        read_keys(path)
+    with pytest.raises(ConfigError, match=r"--cluster-key.*UTF-8"):
+        read_cluster_key(path)
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o644])
@@ -84,6 +94,10 @@ def test_requests_of_the_last_minute_are_limited(tmp_path: Path) -> None:
     with pytest.raises(RequestError) as caught:
         ring.count(key)
     assert (caught.value.code, caught.value.retry_after) == ("rate_limited", 50)
+    clock.now = 10.75
+    with pytest.raises(RequestError) as caught:
+        ring.count(key)
+    assert caught.value.headers["Retry-After"] == "50"  # after 49 s the oldest request still counts
     clock.now = 60
     ring.count(key)
 

@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from llava.generation.protocol import UNLIMITED, History
 from llava.samples import Turn
 from llava.serve.failures import CODES, RequestError
-from llava.serve.messages import parse_chat, parse_generate, parse_json
+from llava.serve.messages import MAX_MARKS, parse_chat, parse_generate, parse_json
+from llava.serve.schemas import ChatBody
 
 HELLO: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "Hello"}]}
 PIXEL = "data:image/png;base64,AAAA"
@@ -82,7 +84,18 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     (user(image(window="bones")), "invalid_value", "messages[0].content[0].image_url.window"),
     (user(image(frame="last")), "invalid_value", "messages[0].content[0].image_url.frame"),
     (user(image(frame=-1)), "invalid_value", "messages[0].content[0].image_url.frame"),
-]
+    (user(image(frame="9" * 5000)), "invalid_value", "messages[0].content[0].image_url.frame"),
+    (user({**text("a"), "more": 1}), "unknown_parameter", "messages[0].content[0].more"),
+    (user({**text("a"), "prompt_cache_breakpoint": {"mode": "explicit"}}), "unsupported_parameter",
+     "messages[0].content[0].prompt_cache_breakpoint"),
+    ({"stream": True, "stream_options": {"include_obfuscation": True}}, "unsupported_parameter",
+     "stream_options.include_obfuscation"),
+    ({"prompt_cache_options": {"mode": "explicit"}}, "unsupported_parameter", "prompt_cache_options"),
+    ({"moderation": {"model": "m"}}, "unsupported_parameter", "moderation"),
+    ({"\ud800": 1}, "unknown_parameter", "?"),
+    ({"messages": [{"role": "user", "content": "a", "a\udfff": 1}]}, "unknown_parameter", "messages[0].a?"),
+    ({"<text>": 1}, "unknown_parameter", "<text>"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("body", "code", "param"), REFUSED, ids=[f"{i}-{row[2]}" for i, row in enumerate(REFUSED)])
@@ -124,10 +137,48 @@ def test_a_missing_model_is_named() -> None:
         {"user": "u", "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "parallel_tool_calls": True},
         {"temperature": None, "n": None, "stop": None},
         {"messages": [{"role": "user", "content": "Hello", "tool_calls": None, "refusal": None}]},
+        {"moderation": None, "prompt_cache_options": {"mode": "implicit"}},
     ],
 )
 def test_neutral_values_are_accepted_without_effect(body: dict[str, Any]) -> None:
     assert parse_chat({**HELLO, **body}) == parse_chat(HELLO)
+
+
+def test_neutral_fields_of_parts_are_accepted() -> None:
+    neutral = {"prompt_cache_breakpoint": None}
+    body = user({**text("a"), **neutral}, {**image(), **neutral})
+    assert parse_chat({**HELLO, **body}) == parse_chat({**HELLO, **user(text("a"), image())})
+
+
+def test_neutral_options_of_a_stream_are_accepted() -> None:
+    options = {"include_usage": True, "include_obfuscation": False}
+    assert parse_chat({**HELLO, "stream": True, "stream_options": options}).include_usage
+
+
+NAMES_OF_MANY: dict[str, Any] = {f"name {number}": 1 for number in range(200)}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        NAMES_OF_MANY,
+        {"messages": [{"role": "user", "content": "a", **NAMES_OF_MANY}]},
+        {"messages": [{"role": "user", "content": [{**text("a"), **NAMES_OF_MANY}]}]},
+        {"messages": [{"role": "user", "content": [image(**NAMES_OF_MANY)]}]},
+        {"messages": [{"role": "assistant", "content": "", "token_ids": [""] * 200}] * 3},
+        {"messages": [{}] * 200},
+        {"messages": [{"role": "user", "content": [1] * 200}]},
+        {"stop": [1] * 10},
+        {"metadata": NAMES_OF_MANY},
+        {"stream_options": NAMES_OF_MANY},
+        {"dialogue": NAMES_OF_MANY},
+    ],
+)
+def test_reading_stops_at_the_first_wrong_element(fields: dict[str, Any]) -> None:
+    # Each error takes 1 kB, and a body has room for millions of wrong elements. A message has no more than two errors.
+    with pytest.raises(ValidationError) as caught:
+        ChatBody.model_validate({**HELLO, **fields})
+    assert caught.value.error_count() <= 2
 
 
 def test_messages_of_one_role_become_one_turn() -> None:
@@ -168,6 +219,27 @@ def test_bodies_that_are_no_objects(body: bytes) -> None:
     with pytest.raises(RequestError) as caught:
         parse_json(body)
     assert caught.value.code == "invalid_json"
+
+
+@pytest.mark.parametrize(
+    "body", [b'{"n": 1, "n": 1}', b'{"messages": [{"role": "user", "content": "a", "role": "assistant"}]}']
+)
+def test_a_name_that_an_object_has_twice_is_refused(body: bytes) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse_json(body)
+    assert caught.value.code == "invalid_json" and "twice" in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["[" + "[],", "[" + "{},", '{"a":'])
+def test_a_body_of_too_many_lists_objects_or_names_is_not_read(value: str) -> None:
+    body = b'{"a": ' + value.encode() * MAX_MARKS
+    with pytest.raises(RequestError) as caught:
+        parse_json(body)
+    assert caught.value.code == "invalid_value"
+
+
+def test_a_large_image_is_one_text() -> None:
+    assert parse_json(b'{"url": "' + b"A" * (1 << 20) + b'"}') == {"url": "A" * (1 << 20)}
 
 
 JSON = st.recursive(
@@ -225,6 +297,7 @@ def test_old_fields(fields: dict[str, Any], expected: tuple[Any, ...]) -> None:
         ({"stop": [1]}, "stop"),
         ({"images": "abc"}, "images"),
         ({"images": [1]}, "images"),
+        ({"images": [""] * 5000}, "images"),
         ({"model": 1}, "model"),
     ],
 )
@@ -260,6 +333,8 @@ ASKED = [turn("user", "A"), turn("assistant", "", 4), turn("user", "B")]
         ({"messages": ASKED, "dialogue": {}, "n": 2}, "n"),
         ({"messages": [*ASKED[:1], turn("assistant", "", -1), *ASKED[2:]], "dialogue": {}}, "messages[1].token_ids[0]"),
         ({"dialogue": {"sample": -1}}, "dialogue.sample"),
+        ({"dialogue": {}, "logprobs": True, "top_logprobs": 2}, "top_logprobs"),
+        ({"dialogue": {}, "logprobs": True, "repetition_penalty": 1.5}, "repetition_penalty"),
         ({"dialogue": {"more": 1}}, "dialogue.more"),
     ],
 )

@@ -9,12 +9,14 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import httpx2
 import numpy as np
 import openai
 import pytest
+from openai.types import chat
+from openai.types.chat import chat_completion_content_part_image_param, completion_create_params
 
 from llava.constants import IMAGE_TOKEN
 from llava.data.encode import place_images
@@ -22,6 +24,7 @@ from llava.generation.engine import LocalEngine
 from llava.generation.loading import open_engine
 from llava.generation.protocol import Sampling
 from llava.samples import Conversation, Turn
+from llava.serve import schemas
 from llava.serve.admission import Admission
 from llava.serve.answering import AnswerService
 from llava.serve.cli import Chat
@@ -205,6 +208,23 @@ def test_classes_of_errors(
     with pytest.raises(kind) as caught:
         client_of(worker).chat.completions.create(**settings)
     assert caught.value.code == code and caught.value.request_id
+
+
+@pytest.mark.parametrize(
+    ("sent", "known"),
+    [
+        (completion_create_params.CompletionCreateParamsStreaming, schemas.ChatBody),
+        (chat.ChatCompletionStreamOptionsParam, schemas.StreamOptions),
+        (chat.ChatCompletionSystemMessageParam, schemas.ChatMessage),
+        (chat.ChatCompletionUserMessageParam, schemas.ChatMessage),
+        (chat.ChatCompletionAssistantMessageParam, schemas.ChatMessage),
+        (chat.ChatCompletionContentPartTextParam, schemas.TextPart),
+        (chat.ChatCompletionContentPartImageParam, schemas.ImagePart),
+        (chat_completion_content_part_image_param.ImageURL, schemas.ImageUrl),
+    ],
+)
+def test_every_field_of_the_client_is_known(sent: Any, known: type[schemas.ChatBody]) -> None:
+    assert get_type_hints(sent).keys() - known.model_fields.keys() - known.neutral.keys() == set()
 
 
 def test_a_wrong_key_is_an_authentication_error(worker: Worker, tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ import pytest
 from llava.errors import ConfigError
 from llava.serve.gradio_web_server import make_parser as page_parser
 from llava.serve.model_worker import make_parser as worker_parser
+from llava.serve.options import public_hosts
+from llava.serve.page_run import run_page
 from llava.serve.run import make_parser, services_of
 from llava.serve.supervisor import Service, Supervisor
 from tests.serve.test_worker import frames_of
@@ -76,6 +78,22 @@ def test_wrong_starts_are_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "host",
+    ["a.example:8443", "https://a.example", "a.example/", "[::1]", "::1:80:x", "", "*.example", "müller.example"],
+)
+def test_a_public_host_that_no_request_can_have_is_refused(host: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--public-host .*expected it without scheme, port"):
+        services_of(make_parser().parse_args(serve_words(tmp_path, "--public-host", host)))
+    with pytest.raises(ConfigError, match=r"--public-host .*expected it without scheme, port"):
+        run_page(page_parser().parse_args(["--port", "0", "--public-host", host]))
+
+
+def test_public_hosts_are_compared_in_lower_case() -> None:
+    words = [word for host in ("Ward-7.example", "10.0.0.1", "2001:DB8::1") for word in ("--public-host", host)]
+    assert public_hosts(page_parser().parse_args(words)) == {"ward-7.example", "10.0.0.1", "2001:db8::1"}
+
+
+@pytest.mark.parametrize(
     "words",
     [
         "--host 0.0.0.0 --controller http://localhost:10000 --port 40000 --worker http://localhost:40000 "
@@ -97,6 +115,19 @@ def test_a_process_that_dies_is_started_again_and_later_each_time(tmp_path: Path
         service.note_death(1)
         assert service.restart_at is not None
         assert before - 1e-6 <= service.restart_at - wait <= time.monotonic() + 1e-6  # rounding
+
+
+def test_a_child_ignores_hangups_from_its_start() -> None:
+    service = Service("a", "http.server", ["0", "--bind", "127.0.0.1"], "http://127.0.0.1:9", "/ready")
+    service.start()
+    assert service.process is not None
+    try:
+        lines = Path(f"/proc/{service.process.pid}/status").read_text().splitlines()
+        [ignored] = [int(line.split()[1], 16) for line in lines if line.startswith("SigIgn:")]
+        assert ignored & 1 << signal.SIGHUP - 1
+    finally:
+        service.process.kill()
+        service.process.wait()
 
 
 def test_a_usage_error_of_a_child_ends_all_with_2() -> None:

@@ -150,6 +150,12 @@ def test_refused_chats(plain: httpx2.Client, fields: dict[str, Any], status: int
     assert "x-request-id" in response.headers
 
 
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+def test_the_limit_that_is_above_the_context_is_named(plain: httpx2.Client, name: str) -> None:
+    error = plain.post(CHAT, json={**HELLO, name: 101}).json()["error"]
+    assert (error["code"], error["param"]) == ("invalid_value", name) and error["message"].startswith(f"{name} is 101")
+
+
 @pytest.mark.parametrize(
     ("request_line", "body", "status", "code"),
     [
@@ -158,6 +164,8 @@ def test_refused_chats(plain: httpx2.Client, fields: dict[str, Any], status: int
         (("GET", CHAT), None, 405, "method_not_allowed"),
         (("GET", "/v1/nothing"), None, 404, "not_found"),
         (("GET", "/v1/models/other"), None, 404, "model_not_found"),
+        (("POST", f"{CHAT}/"), b"{}", 404, "not_found"),
+        (("GET", "/health/"), None, 404, "not_found"),
     ],
 )
 def test_refused_requests(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,9 @@ PRESETS: dict[str, tuple[float, float]] = {
     "soft_tissue": (40.0, 400.0),
 }
 """Center and width in Hounsfield units; used for CT only, other images use the window of their file."""
+
+FRAME_NUMBER = re.compile(r"[0-9]{1,10}")
+"""Number of a frame. Files have fewer than 2^31, and Python refuses to read thousands of digits."""
 
 DICOM_WINDOW_HELP = (
     "window of gray DICOM images: file (first window of the file), full (smallest to largest value), "
@@ -57,7 +61,7 @@ class DicomPolicy:
         if self.window not in ("file", "full", *PRESETS) and self.percentiles is None and self.fixed is None:
             known = ", ".join(["file", "full", "percentile:LOW,HIGH", "CENTER,WIDTH", *PRESETS])
             raise ConfigError(f"DICOM window {self.window!r} is unknown; expected one of {known}")
-        if self.frame not in ("first", "middle") and not (self.frame.isascii() and self.frame.isdigit()):
+        if self.frame not in ("first", "middle") and not FRAME_NUMBER.fullmatch(self.frame):
             raise ConfigError(f"DICOM frame {self.frame!r} is unknown; expected first, middle or a number from 0")
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +235,19 @@ def test_bare_data_sets_are_read() -> None:
         assert gray(stream.getvalue()).max() == 77
 
 
+def test_a_bare_data_set_is_not_opened_as_another_format() -> None:
+    stream = io.BytesIO()
+    dataset = Dataset(make_dataset(np.full((4, 4), 77, np.uint8), TransferSyntaxUID=uid.ImplicitVRLittleEndian))
+    pydicom.dcmwrite(stream, dataset, implicit_vr=True, little_endian=True)
+    # Length to End and Image Type, as in files of before the file header. They are a header of TGA, too.
+    values = ((1, struct.pack("<I", stream.tell() + 24)), (8, b"ORIGINAL\\PRIMARY"))
+    head = b"".join(struct.pack("<HHI", 8, element, len(value)) + value for element, value in values)
+    data = head + stream.getvalue()
+    assert Image.open(io.BytesIO(data)).format == "TGA"
+    assert gray(data).shape == (4, 4) and gray(data).max() == 77
+    assert decode.stored_format(data) == "DICOM"
+
+
 @pytest.mark.parametrize(
     "window", ["soft", "percentile:9", "percentile:60,40", "percentile:0,101", "1,0", "1,nan", "1,-5", ""]
 )
@@ -242,7 +256,7 @@ def test_unknown_windows(window: str) -> None:
         DicomPolicy(window)
 
 
-@pytest.mark.parametrize("frame", ["last", "-1", "1.5", "", "²"])
+@pytest.mark.parametrize("frame", ["last", "-1", "1.5", "", "²", "1\n", "9" * 5000])
 def test_unknown_frames(frame: str) -> None:
     with pytest.raises(ConfigError, match="DICOM frame"):
         DicomPolicy(frame=frame)
