@@ -5,11 +5,12 @@ text --boundaries--> clauses --commas of lists--> lists --cues--> is_negated, is
 
 from __future__ import annotations
 
-import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from functools import cached_property
 
 from llava.symbolic.cue_lists import Cues
+from llava.symbolic.words import WordIndex
 
 WORDS_BEFORE = 8
 """Maximum number of words between a cue and the match after it, and of words of an item of a list."""
@@ -19,8 +20,6 @@ WORDS_AFTER = 3
 
 ENDS_LIST = ("subjects", "verbs", "statements")
 """Lists of words that no item of a list has."""
-
-WORD = re.compile(r"\S*\w\S*")
 
 Span = tuple[int, int]
 
@@ -51,6 +50,21 @@ class ClauseContext:
         self.after = [match.span() for match in cues.after.finditer(text) if not _inside(match.span(), harmless)]
         self.hedges = [match.span() for match in cues.hedges.finditer(text)]
         self.listed, self.denied = self._lists() if self.before or self.after else ([], [])
+
+    @cached_property
+    def words(self) -> WordIndex:
+        """Words of the text."""
+        return WordIndex(self.text)
+
+    @cached_property
+    def subjects(self) -> list[Span]:
+        """Subjects of statements."""
+        return [match.span() for match in self.cues.words["subjects"].finditer(self.text)]
+
+    @cached_property
+    def links(self) -> list[Span]:
+        """Words that continue what was said with something else."""
+        return [match.span() for match in self.cues.words["links"].finditer(self.text)]
 
     def is_negated(self, span: Span) -> bool:
         """Return whether a cue before or after a match, in its clause or list, negates it."""
@@ -83,17 +97,16 @@ class ClauseContext:
 
     def _negates_later(self, begin: int, cue: Span, end: int) -> bool:
         """Return whether a cue after a match that ends at `begin` negates a later match instead."""
-        words, between = self.cues.words, self.text[begin : cue[0]]
+        words = self.cues.words
         if not words["also_before"].fullmatch(self.text, *cue):
             return False
-        if words["subjects"].search(between):
+        if _is_between(self.subjects, begin, cue[0]):
             return True
         later = bisect_left(self.matches, cue[1])
         if later == len(self.matches) or self.matches[later] >= end:
             return False
-        last = WORD.findall(self.text[begin : cue[1]])[-2:]
-        direct = any(words["be"].fullmatch(word) for word in last)
-        return not direct or words["links"].search(between) is not None
+        direct = any(words["be"].fullmatch(word) for word in self.words.last(begin, cue[1], 2))
+        return not direct or _is_between(self.links, begin, cue[0])
 
     def _lists(self) -> tuple[list[bool], list[bool]]:
         """Return, by clause, whether a list carries a negation to it from before, and from after it."""
@@ -163,7 +176,7 @@ class ClauseContext:
 
     def _num_words(self, begin: int, end: int) -> int:
         """Return the number of words between two positions."""
-        return len(WORD.findall(self.text[begin:end]))
+        return self.words.count(begin, end)
 
 
 def last_before(spans: list[Span], position: int) -> Span | None:
@@ -176,6 +189,12 @@ def first_after(spans: list[Span], position: int) -> Span | None:
     """Return the first of sorted spans that begins at or after a position."""
     index = bisect_left(spans, (position, 0))
     return spans[index] if index < len(spans) else None
+
+
+def _is_between(spans: list[Span], begin: int, end: int) -> bool:
+    """Return whether one of sorted spans is between two positions."""
+    found = first_after(spans, begin)
+    return found is not None and found[1] <= end
 
 
 def _inside(span: Span, others: list[Span]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,13 @@ def test_doubt_is_hedged_and_no_denial(rules: RuleSet, text: str) -> None:
 @pytest.mark.parametrize("text", ["AML is excluded.", "AML has been ruled out.", "AML can be excluded with certainty."])
 def test_exclusion_is_a_denial(rules: RuleSet, text: str) -> None:
     assert extract(rules.node("diagnosis"), text) == Extraction("healthy", hedged=False)
+
+
+@pytest.mark.parametrize("text", ["no " + "-" * 3600 + " aml" * 90, "-" * 3700 + "aml" * 90 + " not seen"])
+def test_long_runs_without_letters_take_no_time(rules: RuleSet, text: str) -> None:
+    started = time.process_time()
+    read(rules, text)
+    assert time.process_time() - started < 5  # milliseconds, and half a minute in quadratic time
 
 
 @pytest.mark.parametrize("language", languages())
