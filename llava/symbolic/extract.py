@@ -12,7 +12,7 @@ from functools import lru_cache
 
 from llava.symbolic.clauses import ClauseContext, Span
 from llava.symbolic.cue_lists import read_cues
-from llava.symbolic.patterns import MAX_TEXT
+from llava.symbolic.pattern_steps import MAX_TEXT
 from llava.symbolic.structure import CONFLICT, NO_MATCH, ExtractRule, RuleNode
 from llava.utils.typography import APOSTROPHES
 
