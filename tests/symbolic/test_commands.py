@@ -42,6 +42,36 @@ def test_a_file_with_phrases_passes(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize(
+    ("kind", "entry", "messages"),
+    [
+        (
+            "claims",
+            {"train": ["It is AML!"], "test": ["it is  aml!"]},
+            ["claim 'AML' 'it is aml!' is in train and test"],
+        ),
+        ("claims", {"test": ["<image> AML."]}, ["claim 'AML' '<image> AML.' contains <image>"]),
+        ("answers", {"train": ["AML <image>"], "test": ["AML."]}, ["answer 'AML' 'AML <image>' contains <image>"]),
+        ("questions", {"train": ["<image>What?"], "test": ["Which?"]}, ["question '<image>What?' contains <image>"]),
+        ("claims", {"train": ["It is AML!"]}, []),
+    ],
+)
+def test_wordings_of_every_kind_are_checked(
+    tmp_path: Path, kind: str, entry: dict[str, list[str]], messages: list[str]
+) -> None:
+    path = write_phrases(tmp_path)
+    phrases = json.loads((tmp_path / "phrases.yaml").read_text())
+    phrases.setdefault(kind, {})
+    if kind == "questions":
+        phrases[kind]["diagnosis"] = entry
+    else:
+        phrases[kind].setdefault("diagnosis", {})["AML"] = entry
+    (tmp_path / "phrases.yaml").write_text(json.dumps(phrases))
+    errors = check_file(path).errors
+    assert len(errors) == len(messages)
+    assert all(f"node diagnosis: {message}" in error for message, error in zip(messages, errors, strict=True))
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"AML": "This is MM."}, "'This is MM.' is read as 'MM', not as 'AML'"),
@@ -70,6 +100,30 @@ def test_phrases_are_read_back(tmp_path: Path, changes: dict[str, str], message:
 def test_errors_of_the_whole(tmp_path: Path, old: str, new: str, message: str) -> None:
     found = check_file(write_rules(tmp_path, MARROW.replace(old, new, 1)))
     assert any(message in error for error in found.errors), found.errors
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        (
+            "labels:\n  - {when: {folder: x}, set: {proliferation: blast, diagnosis: MM}}\n",
+            "line 65: label: its values are on no valid path (they break blast-aml)",
+        ),
+        (
+            "labels:\n  - {when: {folder: y}, profile: AML}\n"
+            "  - {when: {a: 1}, set: {quality: low, cell_quality: clot,\n"
+            "     abnormality: inconclusive, proliferation: inconclusive, diagnosis: healthy}}\n",
+            "line 66: label: its values are on no valid path (they break low-quality)",
+        ),
+        (
+            "derive:\n  - {id: few, from: n < 5, set: {quality: low, cell_quality: adequate}}\n",
+            "line 65: derive few: its values are on no valid path (they break low-quality)",
+        ),
+    ],
+)
+def test_labels_and_derivations_must_be_on_a_valid_path(tmp_path: Path, section: str, message: str) -> None:
+    path = write_rules(tmp_path, MARROW.split("labels:")[0] + section)
+    assert check_file(path).errors == [f"{path}, {message}"]
 
 
 def test_rows_of_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
