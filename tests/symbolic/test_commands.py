@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from benchmarks.symbolic_rules import LIMITS, check_seconds, reward_seconds
-from llava.errors import DataError
+from llava.errors import ConfigError, DataError
 from llava.symbolic.check import check_file
 from llava.symbolic.commands import check_main, priors_main, score_main
+from llava.symbolic.dialogues import main as dialogues_main
 from tests.support.rule_files import ANSWERS, CHEST, MARROW, SMEAR, rules_of, write_rules
 
 PHRASES = {
@@ -197,6 +198,22 @@ def test_priors_of_a_table(tmp_path: Path) -> None:
     table.write_text(json.dumps([{"folder": "blood"}, {"folder": "x"}]))
     with pytest.raises(DataError, match="row 1: "):
         priors_main([str(rules), "--table", str(table), "--out", str(out)])
+
+
+@pytest.mark.parametrize("name", ["phrases.yaml", "rules.yaml"])
+def test_rules_and_phrases_are_not_overwritten(tmp_path: Path, name: str) -> None:
+    path = write_phrases(tmp_path)
+    table, out, before = tmp_path / "rows.json", tmp_path / name, (tmp_path / name).read_bytes()
+    table.write_text(json.dumps([{"folder": "blood", "image": "a.png"}]))
+    words = [str(path), "--out", str(out)]
+    for run, read in (
+        (score_main, ["--conversations", str(conversations(tmp_path))]),
+        (priors_main, ["--table", str(table)]),
+        (dialogues_main, ["--table", str(table)]),
+    ):
+        with pytest.raises(ConfigError, match=f"--out .*{name} would overwrite an input"):
+            run([*words, *read])
+    assert out.read_bytes() == before
 
 
 @pytest.mark.parametrize(("context", "expected"), [("none", 0), ("agree", 2), ("disagree", 2)])
