@@ -66,6 +66,7 @@ def test_defaults(rules: Path, objective: str, size: int, kl: float, high: float
     (["--gamma", "1.5"], "--gamma is 1.5; expected a number from 0 to 1"),
     (["--kl_target", "1"], "--kl-target 1 adapts the KL penalty of the reward, but grpo has its own"),
     (["--init_value_with_reward", "True"], "got --objective grpo and no path"),
+    (["--compat", "drllava"], "but --objective is grpo; leave it out, or use --objective ppo"),
 ])  # fmt: skip
 def test_wrong_values(rules: Path, words: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -79,6 +80,13 @@ def test_wrong_values(rules: Path, words: list[str], message: str) -> None:
 def test_wrong_values_of_ppo(rules: Path, words: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse(rules, *words, objective="ppo")
+
+
+def test_the_published_form_is_that_of_ppo(rules: Path) -> None:
+    spec = parse(rules, "--compat", "drllava", objective="ppo").rollout_spec()
+    assert spec is not None and spec.published
+    with pytest.raises(ConfigError, match=r"--compat drllava is .* but --objective is rloo"):
+        parse(rules, "--compat", "drllava", objective="rloo")
 
 
 def test_rules_are_needed(tmp_path: Path) -> None:
