@@ -139,6 +139,21 @@ def test_a_changed_rule_file_is_another_run(rules: Path) -> None:
     assert before["rules"] != after["rules"] and before | {"rules": ""} == after | {"rules": ""}
 
 
+def test_the_batches_of_fine_tuning_are_no_decision(rules: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        plain = parse(rules, "--step_batch_size", "32")
+    assert "not used in reinforcement learning" not in caplog.text
+    words = ["--per_device_train_batch_size", "3", "--gradient_accumulation_steps", "5"]
+    with caplog.at_level(logging.INFO):
+        other = parse(rules, "--step_batch_size", "32", *words)
+    assert plain.provenance_spec() == other.provenance_spec() and plain.provenance_spec().global_batch == 32
+    assert [text for text in caplog.messages if "not used" in text] == [
+        "not used in reinforcement learning: --per-device-train-batch-size, --gradient-accumulation-steps; "
+        "--step-batch-size sets the batch"
+    ]
+    assert parse(rules, *words, objective="sft").provenance_spec().global_batch == 15
+
+
 def test_sizes_of_a_process_are_no_decision(rules: Path) -> None:
     words = ["--rollout_per_device_batch_size", "4", "--step_per_device_batch_size", "8"]
     assert parse(rules, *words).decisive_options() == parse(rules).decisive_options()
