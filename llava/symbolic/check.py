@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llava.constants import IMAGE_TOKEN
 from llava.errors import DataError
+from llava.symbolic.document import located
 from llava.symbolic.extract import extract, normalize
 from llava.symbolic.labels import assign
 from llava.symbolic.rule_warnings import iter_warnings
@@ -44,6 +46,7 @@ def check_file(path: str | Path, rows: Sequence[dict[str, Any]] = (), *, table: 
         found.errors.append(f"{path}: {error}")
         return found
     found.errors += [f"{path}: {message}" for message in _path_errors(rules)]
+    found.errors += [located(Path(path), line, message) for line, message in _table_errors(rules)]
     found.errors += [f"{path}: {message}" for message in _phrase_errors(rules)]
     truths, wrong = table_truths(rules, rows)
     found.errors += [f"{table}, row {index}: {message}" for index, message in wrong]
@@ -76,8 +79,22 @@ def _path_errors(rules: RuleSet) -> Iterator[str]:
                 yield f"node {node.id}: credit {credit:g} for {first!r}, {second!r}; at most {MAX_CREDIT} is allowed"
 
 
+def _table_errors(rules: RuleSet) -> Iterator[tuple[int, str]]:
+    """Yield line and error of the labels and derivations whose values are on no valid path."""
+    named = [("label", label.line, label.values) for label in rules.labels]
+    named += [(f"derive {rule.id}", rule.line, rule.values) for rule in rules.derive]
+    if not named or not rules.path_values:
+        return
+    order = [node.id for node in rules.nodes]
+    paths = set(rules.path_values)
+    for name, line, values in named:
+        # Masks of all paths, which violations of a partial assignment needs, take seconds to make for a million.
+        if tuple(values.get(node, "") for node in order) not in paths and (broken := rules.violations(values)):
+            yield line, f"{name}: its values are on no valid path (they break {', '.join(broken)})"
+
+
 def _phrase_errors(rules: RuleSet) -> Iterator[str]:
-    """Yield missing phrases, phrases of both splits, and answers whose value is not read back."""
+    """Yield missing phrases, those of both splits or with an image, and answers that are not read back."""
     file = rules.dialogue.phrases_file
     if file is None:
         return
@@ -86,15 +103,16 @@ def _phrase_errors(rules: RuleSet) -> Iterator[str]:
         return
     for node in rules.nodes:
         wordings = {"question": rules.phrases.questions.get(node.id, {})}
-        answers = rules.phrases.answers.get(node.id, {})
+        answers, claims = (said.get(node.id, {}) for said in (rules.phrases.answers, rules.phrases.claims))
         wordings |= {f"answer {value!r}": answers.get(value, {}) for value in node.values}
+        missing = [(name, split) for name, splits in wordings.items() for split in SPLITS if not splits.get(split)]
+        yield from (f"node {node.id}: no {name} for {split}" for name, split in missing)
+        wordings |= {f"claim {value!r}": splits for value, splits in claims.items()}
         for name, splits in wordings.items():
-            for split in SPLITS:
-                if not splits.get(split):
-                    yield f"node {node.id}: no {name} for {split}"
             both = set(map(normalize, splits.get("train", ()))) & set(map(normalize, splits.get("test", ())))
-            for text in sorted(both):
-                yield f"node {node.id}: {name} {text!r} is in train and test"
+            yield from (f"node {node.id}: {name} {text!r} is in train and test" for text in sorted(both))
+            for text in (text for texts in splits.values() for text in texts if IMAGE_TOKEN in text):
+                yield f"node {node.id}: {name} {text!r} contains {IMAGE_TOKEN}, which stands for the image; omit it"
         yield from _not_read_back(node, rules.phrases, rules.dialogue.context)
 
 

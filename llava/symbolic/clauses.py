@@ -8,16 +8,16 @@ from __future__ import annotations
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from functools import cached_property
 
 from llava.symbolic.cue_lists import Cues
+from llava.symbolic.words import WordIndex
 
 WORDS_BEFORE = 8
 """Maximum number of words between a cue and the match after it, and of words of an item of a list."""
 
 WORDS_AFTER = 3
 """Maximum number of words between a match and the cue after it."""
-
-WORD = re.compile(r"\S*\w\S*")
 
 Span = tuple[int, int]
 
@@ -51,6 +51,11 @@ class ClauseContext:
         self.after = [cue for cue in _spans(cues.after, text) if not (_inside(cue, harmless) or _inside(cue, restarts))]
         if self.before or self.after:
             self._repeat_cues_in_lists()
+
+    @cached_property
+    def words(self) -> WordIndex:
+        """Words of the text."""
+        return WordIndex(self.text)
 
     def is_negated(self, span: Span) -> bool:
         """Return whether a cue before or after a match, in its clause, negates it."""
@@ -141,7 +146,7 @@ class ClauseContext:
 
     def _num_words(self, begin: int, end: int) -> int:
         """Return the number of words between two positions."""
-        return len(WORD.findall(self.text[begin:end]))
+        return self.words.count(begin, end)
 
 
 def _spans(pattern: re.Pattern[str], text: str) -> list[Span]:

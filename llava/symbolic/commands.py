@@ -84,9 +84,8 @@ def make_score_parser() -> Parser:
 def score_main(argv: Sequence[str] | None = None) -> None:
     """Write the reward of every conversation of a file."""
     args = make_score_parser().parse_args(argv)
-    read = [args.conversations, args.priors, Path(args.file)]
-    refuse_overwriting(read, {"--out": args.out})
     rules = load_rules(args.file)
+    refuse_overwriting([*rules.files, args.conversations, args.priors], {"--out": args.out})
     rows = list(_scored(rules, args, _read_priors(rules, args.priors)))
     write_records(args.out, rows)
     mean = sum(row["total"] for row in rows) / len(rows) if rows else 0.0
@@ -109,8 +108,8 @@ def priors_main(argv: Sequence[str] | None = None) -> None:
         DataError: the table is empty, or a row has no valid assignment; the message names the row.
     """
     args = make_priors_parser().parse_args(argv)
-    refuse_overwriting([args.table, Path(args.file)], {"--out": args.out})
     rules = load_rules(args.file)
+    refuse_overwriting([*rules.files, args.table], {"--out": args.out})
     truths, wrong = table_truths(rules, list(read_records(args.table)))
     if wrong:
         raise DataError(f"{args.table}, row {wrong[0][0]}: {wrong[0][1]}")

@@ -187,13 +187,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Write the dialogues of a table.
 
     Raises:
-        ConfigError: `--paraphrase` is below 1, or the endpoint is not configured.
+        ConfigError: `--paraphrase` is below 1, the endpoint is not configured, or an output is also an input.
         DataError: a row cannot be used; the message names the row.
     """
     args = make_parser().parse_args(argv)
     store = args.paraphrases or args.out.with_name(f"{args.out.name}.paraphrases.jsonl")
-    refuse_overwriting([Path(args.file), args.table], {"--out": args.out, "--paraphrases": store})
     rules = load_rules(args.file)
+    refuse_overwriting([*rules.files, args.table], {"--out": args.out, "--paraphrases": store})
     if args.paraphrase is not None:
         rules = _paraphrased(rules, args, store)
     rows = list(_rows(rules, args.table, args.split, args.seed, args.style))

@@ -11,6 +11,7 @@ signed:   ("-" | "+") signed | number | column | "(" or ")"
 
 from __future__ import annotations
 
+import json
 import math
 import operator
 import re
@@ -29,6 +30,9 @@ MAX_DEPTH = 32
 TOKEN = re.compile(
     r"(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+(?:e[+-]?\d+)?)|([^\W\d]\w*)|(<=|>=|==|!=|[-+*/()<>≤≥≠])", re.IGNORECASE
 )
+
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.ASCII | re.IGNORECASE)
+"""Text that is a number; Python reads more, such as `1_2`."""
 
 COMPARISONS: dict[str, Callable[[float, float], bool]] = {
     "<": operator.lt,
@@ -86,15 +90,39 @@ def parse_expression(text: str) -> Expression:
     return Expression(text, tuple(parser.columns), node.evaluate)
 
 
+def is_column(name: str) -> bool:
+    """Return whether a name can stand for a column in an expression."""
+    match = TOKEN.fullmatch(name)
+    is_name = match is not None and match.group(2) is not None
+    return is_name and (name[0].isalpha() or name[0] == "_") and name not in KEYWORDS
+
+
 def as_number(value: Any) -> float | None:
     """Return a finite number or a text that is one as a float, else None; true and false are no numbers."""
+    number = exact_number(value)
+    return None if number is None else float(number)
+
+
+def exact_number(value: Any) -> int | float | None:
+    """Return the same; a whole number as an integer, so that long ones that differ are not equal."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
+    if isinstance(value, str):
+        text = value.strip()
+        if not NUMBER.fullmatch(text):
+            return None
+        value = float(text)
+        if math.isfinite(value) and text.lstrip("-+").isdecimal():
+            value = int(text)
     try:
-        number = float(value)
-    except (ValueError, OverflowError):
+        return value if math.isfinite(value) else None
+    except OverflowError:  # an integer without a float
         return None
-    return number if math.isfinite(number) else None
+
+
+def shown_value(value: Any) -> str:
+    """Return a value of a row as JSON, for a message."""
+    return json.dumps(value, ensure_ascii=False, default=str)[:80]
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,12 +236,12 @@ class _Parser:
             return inner
         if not token:
             self.fail("it ends where a number or column is expected")
-        if token[0].isdigit() or token[0] == ".":
+        if token[0].isdecimal() or token[0] == ".":
             number = float(token)
             if not math.isfinite(number):
                 self.fail(f"the number {token} is too large")
             return _Node(lambda row: number, False, token)
-        if token in KEYWORDS or not (token[0].isalpha() or token[0] == "_"):
+        if not is_column(token):
             self.fail(f"unexpected {token!r}; expected a number or column")
         self.columns[token] = None
         return _Node(lambda row: column_number(row, token), False, token)
@@ -257,5 +285,5 @@ def column_number(row: Mapping[str, Any], column: str) -> float:
         raise DataError(f"column {column!r} is missing")
     number = as_number(row[column])
     if number is None:
-        raise DataError(f"column {column!r} is not a number, got {str(row[column])[:80]!r}")
+        raise DataError(f"column {column!r} is not a number, got {shown_value(row[column])}")
     return number

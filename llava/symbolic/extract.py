@@ -5,16 +5,19 @@ text --normalize--> matches of the rules --cues of the clause--> candidates --hi
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 
 from llava.symbolic.clauses import ClauseContext, Span
 from llava.symbolic.cue_lists import read_cues
-from llava.symbolic.patterns import MAX_TEXT
+from llava.symbolic.pattern_steps import MAX_TEXT
 from llava.symbolic.structure import CONFLICT, NO_MATCH, ExtractRule, RuleNode
 from llava.utils.typography import APOSTROPHES
+
+MAX_MATCHES = 20_000
+"""Maximum number of matches in a text that are looked at: five for each of its characters."""
 
 NEGATED_PRIORITY = 0.5
 """Amount subtracted from a negated match's priority, so that a positive mention of another value wins."""
@@ -42,7 +45,6 @@ def _visible(character: str) -> str:
     return "" if category == "Cf" else " " if category in ("Cc", "Cs") else character
 
 
-@lru_cache(maxsize=8192)
 def extract(node: RuleNode, text: str) -> Extraction:
     """Return the value that a text gives to a node.
 
@@ -50,6 +52,11 @@ def extract(node: RuleNode, text: str) -> Extraction:
 
         extract(rules.node("diagnosis"), "AML, not MM.")  # Extraction("AML", hedged=False)
     """
+    return _extracted(node, text[:MAX_TEXT])  # the cache keeps its texts
+
+
+@lru_cache(maxsize=8192)
+def _extracted(node: RuleNode, text: str) -> Extraction:
     text = normalize(text)
     found = _tagged(node, text) if node.answer_format == "tag" else _candidates(node, text)
     if not found:
@@ -82,23 +89,25 @@ def fired(node: RuleNode, text: str) -> list[tuple[str, str]]:
 
 
 def _tagged(node: RuleNode, text: str) -> list[tuple[float, str, bool]]:
-    """Return the values between tags, `<node>value</node>`."""
-    name = re.escape(node.id.lower())
-    written = re.findall(rf"<{name}>([^<]*)</{name}>", text)
+    """Return the values between tags, `<node>value</node>`; a value may contain `<`."""
+    name = node.id.lower()
     values = {normalize(value): value for value in node.values}
-    return [(0.0, values[word.strip()], False) for word in written if word.strip() in values]
+    parts = [part.partition(f"</{name}>") for part in text.split(f"<{name}>")[1:]]
+    written = [word.strip() for word, end, _ in parts if end]
+    return [(0.0, values[word], False) for word in written if word in values]
 
 
 def _candidates(node: RuleNode, text: str) -> list[tuple[float, str, bool]]:
     """Return priority, value and uncertainty of every match that counts."""
     # Looking for plain texts first is several times faster than the patterns, few of which match.
-    matches = [
+    found_spans = (
         (rule, match.span())
         for rule, needed in node.finders
         if not needed or any(part in text for part in needed)
         for pattern in rule.patterns
         for match in pattern.finditer(text)
-    ]
+    )
+    matches = list(islice(found_spans, MAX_MATCHES))
     if not matches:
         return []
     context = _context(node, text, [span for _, span in matches])

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llava.errors import DataError
-from llava.symbolic.expressions import as_number
+from llava.symbolic.expressions import exact_number, shown_value
 from llava.symbolic.extract import extract
 from llava.symbolic.structure import NO_MATCH, SENTINELS, Assignment, CountColumn, Label, RuleSet
 
@@ -14,9 +14,9 @@ from llava.symbolic.structure import NO_MATCH, SENTINELS, Assignment, CountColum
 def assign(rules: RuleSet, row: Mapping[str, Any]) -> Assignment:
     """Return the value of every node for one row, in the order of the nodes.
 
-    The first true derivation sets a node; the first matching label sets the others and may not contradict it; texts
-    give the value of nodes that neither sets. Nodes without a value get those of the only valid path that fits, if
-    there is one.
+    The first true derivation sets a node; the first matching label sets the others and may not contradict it; where
+    there are labels, one must fit. Texts give the value of nodes that neither sets. Nodes without a value get those of
+    the only valid path that fits, if there is one.
 
     Raises:
         DataError: a column is missing or not usable, the row has no label, or a node stays without a value.
@@ -66,10 +66,8 @@ def _with_label(rules: RuleSet, columns: Mapping[str, Any], derived: Assignment)
         return derived
     label = next((label for label in rules.labels if _fits(label, columns)), None)
     if label is None:
-        if len(derived) == len(rules.nodes):
-            return derived
         names = dict.fromkeys(name for label in rules.labels for name in label.when)
-        seen = ", ".join(f"{name} = {str(columns.get(name))[:80]!r}" for name in names)
+        seen = ", ".join(f"{name} = {shown_value(columns.get(name))}" for name in names)
         raise DataError(f"no label fits ({seen})")
     for node, value in label.values.items():
         if derived.get(node, value) != value:
@@ -85,18 +83,17 @@ def _fits(label: Label, columns: Mapping[str, Any]) -> bool:
 
 
 def equals(value: Any, wanted: Sequence[str | None]) -> bool:
-    """Return whether a column equals one of the wanted values: as numbers if both are, else as texts."""
+    """Return whether a column equals one of the wanted values: as numbers if both are, else as texts.
+
+    True and false equal their names in any case.
+    """
     if value is None:
         return None in wanted
-    number = as_number(value)
-    text = str(value).lower() if isinstance(value, bool) else str(value)
-    for other in wanted:
-        if other is None:
-            continue
-        wanted_number = as_number(other)
-        if text == other or (number is not None and number == wanted_number):
-            return True
-    return False
+    texts = [other for other in wanted if other is not None]
+    if isinstance(value, bool):
+        return str(value).lower() in map(str.lower, texts)
+    number = exact_number(value)
+    return str(value) in texts or (number is not None and number in map(exact_number, texts))
 
 
 def _completed(rules: RuleSet, assigned: Assignment) -> Assignment:

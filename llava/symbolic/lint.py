@@ -5,6 +5,7 @@ truths of a table --policies--> answers --reward--> share of what perfect answer
 
 from __future__ import annotations
 
+import operator
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -34,9 +35,9 @@ Answers = Callable[[Assignment, random.Random], list[str]]
 def policies(rules: RuleSet, phrases: Phrases, truths: Sequence[Assignment]) -> dict[str, Answers]:
     """Return the policies by name; a policy answers every node in order, also those that are not asked."""
     ids = [node.id for node in rules.nodes]
-    seen = distinct(truths)
     counts = count_values(rules, truths)
     frequent = {id: max(counts[id], key=counts[id].__getitem__) for id in ids}
+    constants = distinct([*truths, nearest_path(rules, frequent)])
 
     def said(values: Assignment) -> list[str]:
         return [phrases.answers[id][values[id]]["train"][0] for id in ids]
@@ -60,7 +61,14 @@ def policies(rules: RuleSet, phrases: Phrases, truths: Sequence[Assignment]) -> 
         "list of all values": lambda truth, draw: [", ".join(node.values) for node in rules.nodes],
         "bare label": lambda truth, draw: [frequent[id] for id in ids],
     }
-    return found | {f"constant {', '.join(path.values())}": constant(path) for path in seen}
+    return found | {f"constant {', '.join(path.values())}": constant(path) for path in constants}
+
+
+def nearest_path(rules: RuleSet, values: Assignment) -> Assignment:
+    """Return the valid path that has the most of some values."""
+    wanted = [values[node.id] for node in rules.nodes]
+    best = max(rules.path_values, key=lambda path: sum(map(operator.eq, path, wanted)), default=wanted)
+    return dict(zip((node.id for node in rules.nodes), best, strict=True))
 
 
 def earned(

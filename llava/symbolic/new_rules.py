@@ -9,12 +9,15 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from llava.constants import IMAGE_TOKEN
 from llava.errors import ConfigError
 from llava.symbolic.check import check_file
 from llava.symbolic.draft import DraftNode, LabeledPaths, phrases_text, rules_text
 from llava.symbolic.extract import extract, normalize
 from llava.symbolic.hierarchy import plain
-from llava.symbolic.problems import SLUG
+from llava.symbolic.labels import equals
+from llava.symbolic.problems import SLUG, TRUTH
+from llava.symbolic.read_nodes import MAX_NODES, MAX_PATTERNS
 from llava.symbolic.rules import shipped
 from llava.symbolic.structure import Assignment
 from llava.utils.cli import Parser
@@ -67,6 +70,11 @@ def needs_text(text: str) -> str:
     return "" if text else "please write something"
 
 
+def phrase_problem(text: str) -> str:
+    """Return why a text cannot be a question or an answer."""
+    return f"leave out {IMAGE_TOKEN}, which stands for the image" if IMAGE_TOKEN in text else needs_text(text)
+
+
 def name_problem(text: str, taken: Sequence[str] = ()) -> str:
     """Return why a text is not a new name."""
     if not SLUG.fullmatch(text):
@@ -84,10 +92,10 @@ def ask_node(talk: Interview, taken: Sequence[str]) -> DraftNode | None:
     )
     if not id:
         return None
-    first = talk.ask("The question as a sentence", needs_text, default=f"What is the {plain(id)}?")
+    first = talk.ask("The question as a sentence", phrase_problem, default=f"What is the {plain(id)}?")
     second = talk.ask(
         "The same question in other words, for the test",
-        lambda text: needs_text(text) or same_problem(text, first),
+        lambda text: phrase_problem(text) or same_problem(text, first),
         default=f"Describe the {plain(id)}.",
     )
     values = talk.names("Possible answers, with commas", values_problem)
@@ -96,8 +104,8 @@ def ask_node(talk: Interview, taken: Sequence[str]) -> DraftNode | None:
         "Which of them means that it cannot be determined? (empty line: none)",
         lambda text: "" if text in ("", *values) else f"write one of {', '.join(values)}",
     )
-    for value in values:
-        ask_words(talk, node, value)
+    for left, value in zip(reversed(range(len(values))), values, strict=True):
+        ask_words(talk, node, value, left=left)
     for value in values:
         node.sentences[value] = ask_sentences(talk, node, value)
     return node
@@ -117,14 +125,17 @@ def same_problem(text: str, other: str) -> str:
     return "these are the same words as for training" if normalize(text) == normalize(other) else ""
 
 
-def ask_words(talk: Interview, node: DraftNode, value: str) -> None:
-    """Ask for the words that name a value."""
+def ask_words(talk: Interview, node: DraftNode, value: str, *, left: int) -> None:
+    """Ask for the words that name a value; `left` values are asked after it, which need a word each."""
+    used = sum(map(len, node.words.values()))
+    most = min(MAX_WORDS, MAX_PATTERNS - used - left)
 
     def problem(text: str) -> str:
         words = [normalize(word) for word in split_list(text)]
         others = {word: other for other, known in node.words.items() for word in known}
-        if not 1 <= len(words) <= MAX_WORDS or not all(0 < len(word) <= 100 for word in words):
-            return f"write 1 to {MAX_WORDS} words or phrases"
+        if not 1 <= len(words) <= most or not all(0 < len(word) <= 100 for word in words):
+            reason = f", since a question has at most {MAX_PATTERNS}" if most < MAX_WORDS else ""
+            return f"write 1 to {most} words or phrases{reason}"
         taken = [word for word in words if word in others]
         return f"{taken[0]!r} already names {others[taken[0]]}" if taken else ""
 
@@ -139,6 +150,8 @@ def ask_sentences(talk: Interview, node: DraftNode, value: str) -> tuple[str, st
     checked = node.rule_node()
 
     def problem(text: str) -> str:
+        if IMAGE_TOKEN in text:
+            return phrase_problem(text)
         read = extract(checked, text).value
         known = {"__no_match__": "none of the answers", "__conflict__": "several answers"}
         return "" if read == value else f"this sentence is read as {known.get(read, read)}, not as {value}"
@@ -201,10 +214,16 @@ def ask_labels(talk: Interview, paths: dict[str, Assignment]) -> LabeledPaths:
     for name in paths:
         entries[name] = talk.ask(
             f"  Entry in the column {column!r} for the case {name}",
-            lambda text: needs_text(text) or (f"{text!r} stands for another case" if text in entries.values() else ""),
+            lambda text: needs_text(text) or entry_problem(text, list(entries.values())),
             default=name,
         )
     return LabeledPaths(paths, column, entries)
+
+
+def entry_problem(text: str, taken: Sequence[str]) -> str:
+    """Return why an entry of the table cannot stand for a case: a row with it would fit an earlier one."""
+    is_truth = text.lower() in TRUTH and text.lower() in map(str.lower, taken)  # of a row, true equals both
+    return f"{text!r} stands for another case" if is_truth or equals(text, taken) else ""
 
 
 def make_parser() -> Parser:
@@ -231,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ConfigError(f"{path} exists; name another file, or remove it")
     about = {key: talk.ask(f"{key.capitalize()} (may be empty)") for key in ("specialty", "modality")}
     nodes: list[DraftNode] = []
-    while (node := ask_node(talk, [known.id for known in nodes])) is not None:
+    while len(nodes) < MAX_NODES and (node := ask_node(talk, [known.id for known in nodes])) is not None:
         nodes.append(node)
     table = ask_labels(talk, ask_paths(talk, nodes))
     write_atomic(file.parent / phrases, phrases_text(nodes))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from llava.symbolic.document import Item
+from llava.symbolic.expressions import as_number
 
 SLUG = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 """Names of files, nodes and constraints."""
@@ -84,11 +84,8 @@ class Problems:
 
     def number(self, item: Item, what: str, low: float = -1e6, high: float = 1e6) -> float:
         """Return a number between two limits."""
-        try:
-            number = float(item.value) if isinstance(item.value, str) and item.plain else math.nan
-        except ValueError:
-            number = math.nan
-        if not low <= number <= high:
+        number = as_number(item.value) if item.plain else None
+        if number is None or not low <= number <= high:
             self.add(item, f"{what}: expected a number from {low:g} to {high:g}, got {kind(item)}")
             return low
         return number

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import re
+from dataclasses import dataclass, replace
 
 from llava.errors import DataError
 from llava.symbolic.document import Item
+from llava.symbolic.pattern_steps import MAX_STEPS, pattern_steps
 from llava.symbolic.patterns import compile_pattern
 from llava.symbolic.problems import Problems
 from llava.symbolic.structure import SENTINELS, Allowed, Assignment, Constraint, ExtractRule, RuleNode
@@ -26,13 +28,14 @@ def read_nodes(item: Item, problems: Problems, *, language: str, uncertain: str,
     """Return the nodes of a file, without those that cannot be used."""
     nodes: list[RuleNode] = []
     raw: list[tuple[RuleNode, Item]] = []
+    patterns = _Patterns(problems)
     for part in problems.list(item, "nodes")[:MAX_NODES]:
         keys = problems.map(part, "node", NODE_KEYS)
         node = _named_node(part, keys, problems, {node.id for node in nodes})
         if node is None:
             continue
         node = replace(node, language=language, uncertain=uncertain, answer_format=answer_format)
-        nodes.append(_with_details(node, keys, problems))
+        nodes.append(_with_details(node, keys, problems, patterns))
         raw.append((node, part))
     if isinstance(item.value, list) and len(item.value) > MAX_NODES:
         problems.add(item, f"{len(item.value)} nodes; at most {MAX_NODES} are allowed")
@@ -75,7 +78,7 @@ def _named_node(part: Item, keys: dict[str, Item], problems: Problems, taken: se
     return RuleNode(name, tuple(values)) if name and len(values) >= 2 else None
 
 
-def _with_details(node: RuleNode, keys: dict[str, Item], problems: Problems) -> RuleNode:
+def _with_details(node: RuleNode, keys: dict[str, Item], problems: Problems, patterns: _Patterns) -> RuleNode:
     """Return a node with everything but its condition."""
     where = f"node {node.id}"
     abstain = None
@@ -93,11 +96,43 @@ def _with_details(node: RuleNode, keys: dict[str, Item], problems: Problems) -> 
         if first == second or (first, second) in credit:
             problems.add(pair, f"{where}, confusable: the pair {first!r}, {second!r} is repeated or no pair")
         credit |= {(first, second): number, (second, first): number}
-    rules = _extract_rules(keys["extract"], problems, node) if "extract" in keys else ()
+    rules = _extract_rules(keys["extract"], problems, node, patterns) if "extract" in keys else ()
     return replace(node, abstain=abstain, primary=primary, credit=credit, extract=rules)
 
 
-def _extract_rules(item: Item, problems: Problems, node: RuleNode) -> tuple[ExtractRule, ...]:
+@dataclass(slots=True)
+class _Patterns:
+    """Reader of the patterns of a file, all of which together take a bounded number of steps."""
+
+    problems: Problems
+    steps: float = 0.0
+
+    def read(self, item: Item, where: str) -> tuple[re.Pattern[str], ...]:
+        """Return the patterns of a list."""
+        items = self.problems.list(item, f"{where}, any")
+        if not items and isinstance(item.value, list):
+            self.problems.add(item, f"{where}, any: the list is empty")
+        return tuple(pattern for part in items if (pattern := self.compiled(part, where)) is not None)
+
+    def compiled(self, item: Item, where: str) -> re.Pattern[str] | None:
+        """Return a pattern, None if it is refused."""
+        try:
+            pattern = compile_pattern(self.problems.text(item, f"{where}, any"))
+        except DataError as error:
+            self.problems.add(item, f"{where}: {error}")
+            return None
+        before, self.steps = self.steps, self.steps + pattern_steps(pattern.pattern)
+        if before <= MAX_STEPS < self.steps:
+            self.problems.add(
+                item,
+                f"{where}: with pattern {pattern.pattern!r}, those of this file can take {self.steps:,.0f} steps at a "
+                f"character of an answer; at most {MAX_STEPS:,} are allowed. Use fewer open repeats, or bounded ones "
+                "such as {0,40}",
+            )
+        return pattern
+
+
+def _extract_rules(item: Item, problems: Problems, node: RuleNode, reader: _Patterns) -> tuple[ExtractRule, ...]:
     where = f"node {node.id}, extract"
     rules: list[ExtractRule] = []
     for part in problems.list(item, where):
@@ -107,16 +142,10 @@ def _extract_rules(item: Item, problems: Problems, node: RuleNode) -> tuple[Extr
             problems.add(part, f"{where}: key {missing[0]!r} is missing")
             continue
         value = problems.choice(keys["value"], f"{where}, value", node.values)
-        patterns = []
-        for pattern in problems.list(keys["any"], f"{where}, any"):
-            try:
-                patterns.append(compile_pattern(problems.text(pattern, f"{where}, any")))
-            except DataError as error:
-                problems.add(pattern, f"{where}: {error}")
         negated = problems.choice(keys["negated"], f"{where}, negated", node.values) if "negated" in keys else ""
         rule = ExtractRule(
             value,
-            tuple(patterns),
+            reader.read(keys["any"], where),
             priority=problems.number(keys["priority"], f"{where}, priority") if "priority" in keys else 0.0,
             negatable=problems.truth(keys["negatable"], f"{where}, negatable") if "negatable" in keys else True,
             negated=negated or None,

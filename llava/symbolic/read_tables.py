@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from llava.errors import DataError
 from llava.symbolic.document import Item
-from llava.symbolic.expressions import KEYWORDS, TOKEN, parse_expression
+from llava.symbolic.expressions import is_column, parse_expression
 from llava.symbolic.problems import Problems
 from llava.symbolic.read_nodes import Values, read_assignment
 from llava.symbolic.structure import Assignment, CountColumn, Derivation, Label, RuleNode
@@ -16,15 +16,14 @@ def read_columns(item: Item, problems: Problems) -> dict[str, CountColumn]:
     """Return the counted columns of a file."""
     columns: dict[str, CountColumn] = {}
     for name, part in problems.map(item, "columns").items():
-        match = TOKEN.fullmatch(name)
-        if match is None or not match.group(2) or name in KEYWORDS:
+        if not is_column(name):
             problems.add(item.key_lines[name], f"column {name!r}: expected a name of letters, digits and _")
         keys = problems.map(part, f"column {name}", ("count", "where"))
         if "count" not in keys:
             problems.add(part, f"column {name}: key 'count' is missing")
             continue
         where = {
-            key: tuple(text for text in _wanted(value, problems, f"column {name}, where") if text is not None)
+            key: _wanted(value, problems, f"column {name}, where, {key}")
             for key, value in (problems.map(keys["where"], f"column {name}, where") if "where" in keys else {}).items()
         }
         columns[name] = CountColumn(problems.text(keys["count"], f"column {name}, count"), where)
@@ -36,6 +35,8 @@ def _wanted(item: Item, problems: Problems, what: str) -> tuple[str | None, ...]
     if item.value is None:
         return (None,)
     if isinstance(item.value, list):
+        if not item.value:
+            problems.add(item, f"{what}: the list is empty")
         return tuple(None if part.value is None else problems.text(part, what) for part in item.value)
     return (problems.text(item, what),)
 
@@ -58,7 +59,7 @@ def read_derive(item: Item, problems: Problems, values: Values) -> tuple[Derivat
         except DataError as error:
             problems.add(keys["from"], f"derive {name}: {error}")
             continue
-        found[name] = Derivation(name, condition, assignment)
+        found[name] = Derivation(name, condition, assignment, part.line)
     return tuple(found.values())
 
 
@@ -79,9 +80,9 @@ def read_labels(item: Item, problems: Problems, values: Values, profiles: dict[s
         }
         if "profile" in keys:
             name = problems.choice(keys["profile"], "label, profile", profiles)
-            labels.append(Label(when, profiles.get(name, {})))
+            labels.append(Label(when, profiles.get(name, {}), part.line))
         else:
-            labels.append(Label(when, read_assignment(keys["set"], problems, "label, set", values)))
+            labels.append(Label(when, read_assignment(keys["set"], problems, "label, set", values), part.line))
     return tuple(labels)
 
 

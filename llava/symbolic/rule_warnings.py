@@ -19,7 +19,10 @@ MAX_POLICIES, MAX_TRUTHS = 20, 200
 """Maximum number of constant policies that are tried, and most distinct truths that they are tried on."""
 
 MAX_PATHS = 10_000
-"""Maximum number of valid paths with which constant policies are tried; with more, none of them can earn much."""
+"""Maximum number of valid paths that are compared, and with which constant policies are tried.
+
+With more, no constant policy earns much, and a comparison takes too long.
+"""
 
 MIN_ROWS = 30
 """Minimum number of rows of a table whose distribution is used; with fewer, every valid path counts once."""
@@ -87,7 +90,7 @@ def _foreign_matches(node: RuleNode, phrases: Phrases) -> Iterator[str]:
 
 def _unasked_differences(rules: RuleSet) -> Iterator[str]:
     """Yield the valid paths that differ only in nodes that are not asked."""
-    if not any(node.ask_when for node in rules.nodes):
+    if len(rules.path_values) > MAX_PATHS or not any(node.ask_when for node in rules.nodes):
         return
     names = {tuple(profile.items()): name for name, profile in rules.profiles.items()}
     seen: dict[tuple[tuple[str, str], ...], str] = {}

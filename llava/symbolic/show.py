@@ -28,6 +28,9 @@ from llava.utils.terminal import write_out
 MAX_PATHS = 200
 """Maximum number of valid paths of the page."""
 
+FILLER, NUM_FILLERS = "The image has been looked at.", 50
+"""Sentence that says nothing, and how often the long answers of the page have it."""
+
 MAX_TEXT = 160
 """Maximum number of characters of an answer in the table of rewards."""
 
@@ -50,8 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_out(summary(rules) + "\n")
         return
     page = Path(args.html or f"{rules.id}.html")
-    phrases_file = rules.dialogue.phrases_file
-    refuse_overwriting([rules.path, *([phrases_file] if phrases_file else [])], {"--html": page})
+    refuse_overwriting(rules.files, {"--html": page})
     write_page(rules, page)
     write_out(f"page: {page}\n")
 
@@ -174,6 +176,7 @@ def ten_cases(rules: RuleSet, phrases: Phrases, truth: Assignment) -> list[Rewar
         return [phrases.answers[id][values[id]]["train"][0] for id in asked]
 
     right = said(truth)
+    num_words = NUM_FILLERS * len(FILLER.split())
     first = next((id for id in asked if id != primary), primary)
     texts = {
         "all right": right,
@@ -184,7 +187,7 @@ def ten_cases(rules: RuleSet, phrases: Phrases, truth: Assignment) -> list[Rewar
         "nothing can be determined": [
             phrases.answers[id][value]["train"][0] if value else "I do not know." for id, value in abstaining.items()
         ],
-        "right, and 350 words more": [f"{text} {' '.join(['The image has been looked at.'] * 50)}" for text in right],
+        f"right, and {num_words} words more": [" ".join([text, *[FILLER] * NUM_FILLERS]) for text in right],
         "right, but the last answer does not end": right,
         "the questions copied": [phrases.questions[id]["train"][0] for id in asked],
         "empty": [""] * len(asked),

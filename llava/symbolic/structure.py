@@ -104,27 +104,35 @@ class Constraint:
 
 @dataclass(frozen=True, slots=True)
 class CountColumn:
-    """Column that counts the entries of a list field, all or those that equal `where`."""
+    """Column that counts the entries of a list field, all or those that equal `where`.
+
+    None equals a missing key, too.
+    """
 
     field: str
-    where: dict[str, tuple[str, ...]]
+    where: dict[str, tuple[str | None, ...]]
 
 
 @dataclass(frozen=True, slots=True)
 class Derivation:
-    """Condition over the columns of a row that sets values."""
+    """Condition over the columns of a row that sets values, and line of the file."""
 
     id: str
     condition: Expression
     values: Assignment
+    line: int
 
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """Values of the rows whose columns equal `when`; None stands for an empty column."""
+    """Values of the rows whose columns equal `when`, and line of the file.
+
+    None stands for an empty column.
+    """
 
     when: dict[str, tuple[str | None, ...]]
     values: Assignment
+    line: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +219,12 @@ class RuleSet:
         named = self.evaluation.get("primary")
         marked = [node for node in self.nodes if node.primary]
         return self.by_id[named] if named else marked[0] if marked else self.nodes[-1]
+
+    @property
+    def files(self) -> list[Path]:
+        """Files that the rules were read from."""
+        phrases = self.dialogue.phrases_file
+        return [self.path] if phrases is None else [self.path, phrases]
 
     @property
     def num_assignments(self) -> int:

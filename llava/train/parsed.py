@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -32,6 +32,7 @@ from llava.train.specs import (
     RowsSpec,
     StreamSpec,
 )
+from llava.utils.cli import flag
 
 logger = logging.getLogger(__name__)
 
@@ -223,12 +224,12 @@ class Parsed(NamedTuple):
 
     def provenance_spec(self) -> ProvenanceSpec:
         """Return the facts for the provenance of the run."""
-        training = self.training
+        training, rollouts = self.training, self.rollout_spec()
         return ProvenanceSpec(
             data_path=self.data.data_path,
             eval_data_path=self.data.eval_data_path,
             model=self.model.model_name_or_path,
-            global_batch=training.global_batch,
+            global_batch=training.global_batch if rollouts is None else rollouts.step_batch,
             seed=training.seed,
             loss_normalization=training.loss_normalization,
             precision="bfloat16" if training.bf16 else "float16" if training.fp16 else "float32",
@@ -297,6 +298,7 @@ def check_pairs(parsed: Parsed) -> None:
     parsed.rollout.warn_without_effect(parsed.preference.objective)
     if (rollouts := parsed.rollout_spec()) is not None:
         check_rollouts(rollouts, parsed.rollout, world_size=parsed.training.world_size)
+        _name_unused_batches(parsed.training)
     spec, model, args = parsed.preference.spec(), parsed.model, parsed.training
     if spec is None:
         return
@@ -315,6 +317,17 @@ def check_pairs(parsed: Parsed) -> None:
         )
     if spec.ref_mode == "adapter_off":
         _check_adapter_off(model, is_sharded=args.is_sharded)
+
+
+def _name_unused_batches(args: LlavaTrainingArguments) -> None:
+    """Log the batch options that were changed, which reinforcement learning does not use."""
+    given = {
+        "per_device_train_batch_size": args.per_device_train_batch_size,
+        "gradient_accumulation_steps": args.requested_accumulation,
+    }
+    standard = {field.name: field.default for field in fields(args)}
+    if changed := [flag(name) for name, value in given.items() if value != standard[name]]:
+        logger.info("not used in reinforcement learning: %s; --step-batch-size sets the batch", ", ".join(changed))
 
 
 def _check_adapter_off(model: ModelArguments, *, is_sharded: bool) -> None:

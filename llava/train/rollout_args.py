@@ -329,6 +329,11 @@ def _check_combinations(spec: RolloutSpec, arguments: RolloutArguments) -> None:
             f"--dynamic-sampling {spec.more_prompts} replaces groups whose rewards are equal, but ppo has no groups; "
             "leave it out, or use --objective grpo or rloo"
         )
+    if spec.published and spec.algorithm != "ppo":
+        raise ConfigError(
+            f"--compat {DRLLAVA} is the published position, clamp and padding of ppo, but --objective is "
+            f"{spec.algorithm}; leave it out, or use --objective ppo"
+        )
     if arguments.init_value_with_reward and (spec.algorithm != "ppo" or not arguments.reward_model_name_or_path):
         raise ConfigError(
             "--init-value-with-reward True starts the value model of --objective ppo from "

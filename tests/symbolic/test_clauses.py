@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -181,6 +182,13 @@ def test_exclusion_is_a_denial(rules: RuleSet, text: str) -> None:
 )
 def test_what_is_unchanged_is_present(text: str, hedged: bool) -> None:
     assert extract(load_rules("chest-xray").node("abnormality"), text) == Extraction("present", hedged)
+
+
+@pytest.mark.parametrize("text", ["no " + "-" * 3600 + " aml" * 90, "-" * 3700 + "aml" * 90 + " not seen"])
+def test_long_runs_without_letters_take_no_time(rules: RuleSet, text: str) -> None:
+    started = time.process_time()
+    read(rules, text)
+    assert time.process_time() - started < 5  # milliseconds, and half a minute in quadratic time
 
 
 @pytest.mark.parametrize("language", languages())

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from benchmarks.symbolic_rules import LIMITS, check_seconds, reward_seconds
-from llava.errors import DataError
+from llava.errors import ConfigError, DataError
 from llava.symbolic.check import check_file
 from llava.symbolic.commands import check_main, priors_main, score_main
+from llava.symbolic.dialogues import main as dialogues_main
 from tests.support.rule_files import ANSWERS, CHEST, MARROW, SMEAR, rules_of, write_rules
 
 PHRASES = {
@@ -39,6 +40,36 @@ def test_a_file_with_phrases_passes(tmp_path: Path, capsys: pytest.CaptureFixtur
     check_main([str(write_phrases(tmp_path)), "--json"])
     found = json.loads(capsys.readouterr().out)
     assert (found["id"], found["assignments"], found["paths"], found["errors"]) == ("marrow", 288, 5, [])
+
+
+@pytest.mark.parametrize(
+    ("kind", "entry", "messages"),
+    [
+        (
+            "claims",
+            {"train": ["It is AML!"], "test": ["it is  aml!"]},
+            ["claim 'AML' 'it is aml!' is in train and test"],
+        ),
+        ("claims", {"test": ["<image> AML."]}, ["claim 'AML' '<image> AML.' contains <image>"]),
+        ("answers", {"train": ["AML <image>"], "test": ["AML."]}, ["answer 'AML' 'AML <image>' contains <image>"]),
+        ("questions", {"train": ["<image>What?"], "test": ["Which?"]}, ["question '<image>What?' contains <image>"]),
+        ("claims", {"train": ["It is AML!"]}, []),
+    ],
+)
+def test_wordings_of_every_kind_are_checked(
+    tmp_path: Path, kind: str, entry: dict[str, list[str]], messages: list[str]
+) -> None:
+    path = write_phrases(tmp_path)
+    phrases = json.loads((tmp_path / "phrases.yaml").read_text())
+    phrases.setdefault(kind, {})
+    if kind == "questions":
+        phrases[kind]["diagnosis"] = entry
+    else:
+        phrases[kind].setdefault("diagnosis", {})["AML"] = entry
+    (tmp_path / "phrases.yaml").write_text(json.dumps(phrases))
+    errors = check_file(path).errors
+    assert len(errors) == len(messages)
+    assert all(f"node diagnosis: {message}" in error for message, error in zip(messages, errors, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -70,6 +101,30 @@ def test_phrases_are_read_back(tmp_path: Path, changes: dict[str, str], message:
 def test_errors_of_the_whole(tmp_path: Path, old: str, new: str, message: str) -> None:
     found = check_file(write_rules(tmp_path, MARROW.replace(old, new, 1)))
     assert any(message in error for error in found.errors), found.errors
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        (
+            "labels:\n  - {when: {folder: x}, set: {proliferation: blast, diagnosis: MM}}\n",
+            "line 65: label: its values are on no valid path (they break blast-aml)",
+        ),
+        (
+            "labels:\n  - {when: {folder: y}, profile: AML}\n"
+            "  - {when: {a: 1}, set: {quality: low, cell_quality: clot,\n"
+            "     abnormality: inconclusive, proliferation: inconclusive, diagnosis: healthy}}\n",
+            "line 66: label: its values are on no valid path (they break low-quality)",
+        ),
+        (
+            "derive:\n  - {id: few, from: n < 5, set: {quality: low, cell_quality: adequate}}\n",
+            "line 65: derive few: its values are on no valid path (they break low-quality)",
+        ),
+    ],
+)
+def test_labels_and_derivations_must_be_on_a_valid_path(tmp_path: Path, section: str, message: str) -> None:
+    path = write_rules(tmp_path, MARROW.split("labels:")[0] + section)
+    assert check_file(path).errors == [f"{path}, {message}"]
 
 
 def test_rows_of_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -143,6 +198,22 @@ def test_priors_of_a_table(tmp_path: Path) -> None:
     table.write_text(json.dumps([{"folder": "blood"}, {"folder": "x"}]))
     with pytest.raises(DataError, match="row 1: "):
         priors_main([str(rules), "--table", str(table), "--out", str(out)])
+
+
+@pytest.mark.parametrize("name", ["phrases.yaml", "rules.yaml"])
+def test_rules_and_phrases_are_not_overwritten(tmp_path: Path, name: str) -> None:
+    path = write_phrases(tmp_path)
+    table, out, before = tmp_path / "rows.json", tmp_path / name, (tmp_path / name).read_bytes()
+    table.write_text(json.dumps([{"folder": "blood", "image": "a.png"}]))
+    words = [str(path), "--out", str(out)]
+    for run, read in (
+        (score_main, ["--conversations", str(conversations(tmp_path))]),
+        (priors_main, ["--table", str(table)]),
+        (dialogues_main, ["--table", str(table)]),
+    ):
+        with pytest.raises(ConfigError, match=f"--out .*{name} would overwrite an input"):
+            run([*words, *read])
+    assert out.read_bytes() == before
 
 
 @pytest.mark.parametrize(("context", "expected"), [("none", 0), ("agree", 2), ("disagree", 2)])

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llava.symbolic.extract import Extraction, extract, normalize
+from llava.symbolic.extract import Extraction, _extracted, extract, normalize
 from llava.symbolic.structure import RuleSet
 from tests.support.rule_files import ANSWERS, MARROW, rules_of
 
@@ -95,6 +95,28 @@ def test_tags(tmp_path: Path) -> None:
     assert extract(node, "MM? <diagnosis> AML </diagnosis>").value == "AML"
     assert extract(node, "<diagnosis>AML</diagnosis><diagnosis>MM</diagnosis>").value == "__conflict__"
     assert extract(node, "AML").value == "__no_match__"
+    assert extract(node, "<diagnosis>the <diagnosis>AML</diagnosis> or <diagnosis>MM").value == "AML"
+
+
+def test_tagged_values_may_contain_marks(tmp_path: Path) -> None:
+    text = MARROW.replace("version: 1.0.0", "answer_format: tag").replace("values: [high, low]", "values: ['<5%', low]")
+    node = rules_of(tmp_path, text.replace("value: high", "value: '<5%'").replace("quality: high", "quality: '<5%'"))
+    assert extract(node.node("quality"), "<quality><5%</quality>").value == "<5%"
+
+
+def test_long_answers_share_their_place_in_the_cache(rules: RuleSet) -> None:
+    node = rules.node("diagnosis")
+    before = _extracted.cache_info()
+    values = {extract(node, "AML " + "-" * 4000 + end) for end in ("", "MM", "-" * 100_000)}
+    after = _extracted.cache_info()
+    assert values == {Extraction("AML")} and after.misses - before.misses == 1
+
+
+def test_matches_beyond_a_limit_are_not_looked_at(rules: RuleSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    node = rules.node("diagnosis")
+    assert extract(node, "There is AML and also MM").value == "__conflict__"
+    monkeypatch.setattr("llava.symbolic.extract.MAX_MATCHES", 1)
+    assert extract(node, "There is AML and also one MM").value == "AML"
 
 
 @pytest.mark.parametrize("value", ANSWERS)
@@ -109,7 +131,17 @@ def test_normalize() -> None:
 
 
 HOSTILE = st.text("no, .;:'\0\u202e\u200f\ufdfablm aquity", max_size=300) | st.sampled_from(
-    ["unusual " * 500, "aml not " * 500, "no " * 1300, "\0" * 9000, "plasma cells" * 400, "\ud800 AML", ", " * 2000]
+    [
+        "no " + "-" * 3600 + " aml" * 90,
+        "- " * 1900 + "aml not seen",
+        "unusual " * 500,
+        "aml not " * 500,
+        "no " * 1300,
+        "\0" * 9000,
+        "plasma cells" * 400,
+        "\ud800 AML",
+        ", " * 2000,
+    ]
 )
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from llava.errors import DataError
 from llava.symbolic.expressions import parse_expression
-from llava.symbolic.labels import assign
+from llava.symbolic.labels import assign, equals
 from llava.symbolic.rules import load_rules
 from tests.support.rule_files import MARROW, rules_of, write_rules
 
@@ -66,12 +66,74 @@ def test_first_true_derivation_and_first_label(tmp_path: Path, row: dict[str, An
         ({"cells": "abc", "grade": 1}, "column 'cells' is not a list"),
         ({"cells": cells(3, 4)}, "column 'grade' is missing"),
         ({"cells": cells(3, 4), "grade": 9}, "no label fits"),
-        ({"cells": cells(3, 4), "grade": True}, "no label fits"),
+        ({"cells": cells(3, 4), "grade": True}, r"no label fits \(grade = true\)"),
+        ({"cells": cells(3, 4), "grade": "True"}, r'no label fits \(grade = "True"\)'),
+        ({"cells": cells(3, 4), "grade": [2]}, r"no label fits \(grade = \[2\]\)"),
     ],
 )
 def test_rows_that_cannot_be_computed(tmp_path: Path, row: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=rf"row 'r1': .*{message}"):
         assign(rules_of(tmp_path, CELLS), {"id": "r1", **row})
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted", "expected"),
+    [
+        (1.0, "1", True),
+        ("01", "1", True),
+        (" 2.50 ", "2.5", True),
+        ("1e3", "1000", True),
+        ("1_2", "12", False),
+        ("1_2", "1_2", True),
+        ("\u0661", "1", False),
+        ("infinity", "1e999", False),
+        (10000000000000001, "10000000000000000", False),
+        (10000000000000001, "10000000000000001", True),
+        ("10000000000000001", "1e16", False),
+        (True, "True", True),
+        (True, "true", True),
+        (False, "FALSE", True),
+        (True, "1", False),
+        (1, "true", False),
+        ("True", "true", False),
+    ],
+)
+def test_columns_that_equal_an_entry(value: object, wanted: str, expected: bool) -> None:
+    assert equals(value, ("other", None, wanted)) is expected
+    assert equals(None, (wanted,)) is False
+
+
+@pytest.mark.parametrize("spelling", ["True", "true", "TRUE", '"True"'])
+def test_a_label_fits_true_in_any_spelling(tmp_path: Path, spelling: str) -> None:
+    rules = rules_of(tmp_path, CELLS.replace("grade: 1}", f"grade: {spelling}}}"))
+    assert assign(rules, {"cells": cells(3, 4), "grade": True})["stage"] == "one"
+
+
+@pytest.mark.parametrize(("where", "num"), [("~", 2), ("[null, normal]", 3), ("normal", 1)])
+def test_null_counts_entries_that_are_null_or_lack_the_key(tmp_path: Path, where: str, num: int) -> None:
+    rules = rules_of(tmp_path, CELLS.replace("type: target cell", f"type: {where}").replace("> 0,", f"== {num},"))
+    entries = [{"type": None}, {"size": 1}, {"type": "normal"}, {"type": "burr cell"}]
+    assert assign(rules, {"cells": entries, "grade": 2})["target"] == ("many" if num > 2 else "some")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line"),
+    [
+        ("where: {type: target cell}", "where: {type: []}", 11),
+        ("when: {grade: 1}", "when: {grade: []}", 18),
+    ],
+)
+def test_an_empty_list_of_entries_is_an_error(tmp_path: Path, old: str, new: str, line: int) -> None:
+    with pytest.raises(DataError, match=rf"line {line}: .*: the list is empty"):
+        load_rules(write_rules(tmp_path, CELLS.replace(old, new)))
+
+
+def test_a_row_needs_a_label_even_if_numbers_give_every_value(tmp_path: Path) -> None:
+    text = CELLS.replace("set: {target: many}", "set: {target: many, stage: one}")
+    rules = rules_of(tmp_path, text)
+    assert assign(rules, {"cells": cells(3, 4), "grade": 1})["target"] == "many"
+    with pytest.raises(DataError, match=r"no label fits \(grade = 9\)"):
+        assign(rules, {"cells": cells(3, 4), "grade": 9})
 
 
 def test_a_label_may_not_contradict_numbers(tmp_path: Path) -> None:
@@ -104,6 +166,9 @@ def test_the_only_fitting_path_completes_a_row(tmp_path: Path) -> None:
         ("(" * 32 + "a" + ")" * 32 + " > 0", True),
         ("a" + " + a" * 300 + " > 0", None),
         ("1e999 > a", None),
+        ("a > \u00b2", None),
+        ("a > 1\u00b2", None),
+        ("\u00b2 > a", None),
     ],
 )
 def test_expressions(text: str, holds: bool | None) -> None:
@@ -114,10 +179,17 @@ def test_expressions(text: str, holds: bool | None) -> None:
         assert parse_expression(text).holds({"a": 1, "b": "2"}) is holds
 
 
-@pytest.mark.parametrize("value", [None, "x", True, "nan", [1], float("inf")])
+@pytest.mark.parametrize("value", [None, "x", True, "nan", [1], float("inf"), "1_2", "\u0661", "1" * 5000, 10**400])
 def test_columns_that_are_no_numbers(value: object) -> None:
     with pytest.raises(DataError, match="column 'a' is not a number"):
         parse_expression("a > 1").holds({"a": value})
+
+
+@pytest.mark.parametrize("name", ["\u00b2", "\u00b2x", "and", "1x", "a-b"])
+def test_names_that_no_expression_has(tmp_path: Path, name: str) -> None:
+    text = CELLS.replace("columns:\n", f"columns:\n  {name}: {{count: cells}}\n")
+    with pytest.raises(DataError, match=rf"line 11: column '{name}': expected a name"):
+        load_rules(write_rules(tmp_path, text))
 
 
 READING = """schema: llava.rules/v1

@@ -55,6 +55,17 @@ def test_a_changed_credit_changes_the_shares(tmp_path: Path) -> None:
     assert shares[None] is not None and shares[None] < 2 * shares["default"] < 0
 
 
+def test_the_path_of_the_most_frequent_values_is_tried_too() -> None:
+    rules = load_rules("drawn-smears")
+    assert rules.phrases is not None
+    one = {(path["density"], path["white_type"]): path for path in rules.paths if path["white_cells"] == "one"}
+    shown = [("sparse", "lymphocyte"), ("sparse", "eosinophil"), ("moderate", "neutrophil"), ("crowded", "neutrophil")]
+    policies = lint.policies(rules, rules.phrases, [one[pair] for pair in shown])
+    constants = {name for name in policies if name.startswith("constant ")}
+    expected = [*(one[pair] for pair in shown), one["sparse", "neutrophil"]]
+    assert constants == {f"constant {', '.join(path.values())}" for path in expected}
+
+
 def test_a_perfect_policy_that_earns_nothing_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="perfect answers earn 0; expected more than 0"):
         lint.main(words(tmp_path, "{correct: 0, wrong: -1, abstain_wrong: -1}"))

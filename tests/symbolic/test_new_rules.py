@@ -51,6 +51,9 @@ def test_the_file_passes_its_check(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (10, ("It is large.", "this sentence is read as none of the answers, not as yes")),
         (12, ("It is brown.", "this sentence is read as yes, not as no")),
         (29, ("purple", "write one of yes, no")),
+        (4, ("<image> Is it pigmented?", "leave out <image>")),
+        (10, ("<image> It is brown.", "leave out <image>")),
+        (ANSWERS.index("nv-1") + 1, ("nv-1", "'nv-1' stands for another case")),
     ],
 )
 def test_unusable_answers_are_asked_for_again(
@@ -63,6 +66,31 @@ def test_unusable_answers_are_asked_for_again(
     wrong, message = wrong_message
     path = run(tmp_path, monkeypatch, [*ANSWERS[:place], wrong, *ANSWERS[place:]])
     assert message in capsys.readouterr().out and check_file(path).errors == []
+
+
+def test_entries_that_a_row_cannot_tell_apart_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [*ANSWERS[: -len(LABELS) + 1], "1", "1.0", "01", "True", "TRUE", "2", "3"]
+    path = run(tmp_path, monkeypatch, lines)
+    shown = capsys.readouterr().out
+    assert all(f"{text!r} stands for another case" in shown for text in ("1.0", "01", "TRUE"))
+    rules = load_rules(path)
+    assert [assign(rules, {"dx": value})["diagnosis"] for value in (1, True, 2)] == ["melanoma", "nevus", "nevus"]
+
+
+def test_the_words_of_a_question_have_a_common_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = [f"v{index}" for index in range(20)]
+    words = [", ".join(f"w{index}x{part}" for part in range(12)) for index in range(16)]
+    most = ", ".join(f"w16x{part}" for part in range(5))
+    node = ["type", "", "", ", ".join(values), "", *words, f"{most}, w16x5", most, "", "", ""]
+    sentences = [line for index in range(17) for line in (f"It is w{index}x0.", f"I see w{index}x1.")] + [""] * 6
+    cases = [line for value in values for line in (f"c{value}", value, "yes")] + ["cno", "v0", "no", ""]
+    lines = ["skin", "", "", *node, *sentences, *PIGMENT, "", *cases, "dx", *[""] * 21]
+    assert check_file(run(tmp_path, monkeypatch, lines)).errors == []
+    assert "write 1 to 5 words or phrases, since a question has at most 200" in capsys.readouterr().out
 
 
 def test_every_answer_needs_a_case(

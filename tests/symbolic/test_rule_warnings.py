@@ -39,6 +39,22 @@ def test_paths_that_differ_only_in_what_is_not_asked(tmp_path: Path) -> None:
     ]
 
 
+def test_many_paths_are_not_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llava.symbolic.rule_warnings.MAX_PATHS", 3)
+    assert check_file(write_rules(tmp_path, LIGHT)).warnings == []  # a comparison of a million takes 17 s
+
+
+def test_constant_answers_with_marks(tmp_path: Path) -> None:
+    text = MARROW.replace("AML", "'<5%'").replace("adequate_'<5%'_Mono", "adequate_AML_Mono")
+    rules = load_rules(write_rules(tmp_path, text + "reward: {balance: none}\n"))
+    truths = [rules.profiles["<5%"]] * 36 + [rules.profiles["MM"]] * 4
+    assert [truth["diagnosis"] for truth in truths].count("<5%") == 36
+    (found,) = (text for text in iter_warnings(rules, truths) if "always answering" in text)
+    plain = load_rules(write_rules(tmp_path, MARROW + "reward: {balance: none}\n"))
+    (same,) = iter_warnings(plain, [plain.profiles["AML"]] * 36 + [plain.profiles["MM"]] * 4)
+    assert found == same.replace("AML", "<5%")
+
+
 def test_constant_answers(tmp_path: Path) -> None:
     rules = load_rules(write_rules(tmp_path, MARROW + "reward: {balance: none}\n"))
     rare = [rules.profiles["AML"]] * 36 + [rules.profiles["MM"]] * 4

@@ -70,6 +70,7 @@ def test_unknown_names_are_errors(tmp_path: Path) -> None:
         (r"'\bquality\b'", "'" + "x" * 501 + "'", 21, "501 characters"),
         ("{folder: clot}, profile: CLOT", "{folder: clot}, profile: CLOTS", 69, "unknown 'CLOTS'"),
         ("schema: llava.rules/v1", "schema: llava.rules/v2", 1, "llava.rules/v1"),
+        ("priority: 20", "priority: 2_0", 21, "expected a number from -1e"),
     ],
 )
 def test_errors_name_file_and_line(tmp_path: Path, old: str, new: str, line: int, message: str) -> None:

@@ -60,6 +60,17 @@ def test_ten_conversations(name: str) -> None:
     assert cases["diagnosis wrong"].total > cases["empty"].total
 
 
+def test_the_name_of_the_long_answers_says_their_length() -> None:
+    rules = load_rules("bone-marrow-aspirate")
+    assert rules.phrases is not None
+    answers = {case.name: case.answers for case in ten_cases(rules, rules.phrases, example_truth(rules))}
+    (name,) = (name for name in answers if name.startswith("right, and "))
+    lengths = [
+        len(long.split()) - len(right.split()) for long, right in zip(answers[name], answers["all right"], strict=True)
+    ]
+    assert lengths == [300] * len(lengths) and name == "right, and 300 words more"
+
+
 def test_sentences_of_constraints(tmp_path: Path) -> None:
     assert dict(sentences(rules_of(tmp_path)))["blast-aml"] == "If proliferation is blast, then diagnosis is AML."
 

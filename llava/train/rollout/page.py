@@ -16,6 +16,7 @@ from llava.errors import DataError
 from llava.imaging.decode import load_image
 from llava.train.rollout.files import ROLLOUTS_FILE, read_rollouts
 from llava.utils.cli import Parser, check_folder
+from llava.utils.files import refuse_overwriting
 from llava.utils.jsonl import read_object, write_atomic
 from llava.utils.reporting import OpenImage, html_thumbnail, render_page, text_table
 from llava.utils.terminal import write_out
@@ -49,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_out(text_table(HEADERS, [_numbers(step, rows) for step, rows in by_step(episodes).items()]) + "\n")
         return
     path = Path(args.html) if args.html else args.run / "rollouts.html"
+    refuse_overwriting([args.run / ROLLOUTS_FILE, args.run / ARGUMENTS_FILE], {"--html": path})
     write_page(path, episodes, image_folder=args.image_folder or _image_folder(args.run))
     write_out(f"{path}: {len(by_step(episodes))} steps, {len(episodes)} dialogues\n")
 

@@ -102,11 +102,11 @@ def run_rollouts(
     set_seed(parsed.training.seed)
     with whole_weights(getattr(parsed.training, "hf_deepspeed_config", None)):  # set only with --deepspeed
         networks = open_networks(parsed, spec)
-    args = with_rollout_steps(parsed.training, spec, num_cases=len(cases))
-    layout = tools.layout_of(networks.loaded, args)
     folder = parsed.data.image_folder
     dataset = RolloutDataset(cases, rules, networks.loaded.processor, image_folder=folder)
     cases = checked_lengths(dataset, spec, context=context_length(networks.policy))
+    args = with_rollout_steps(parsed.training, spec, num_cases=len(cases))  # epochs count the cases that are left
+    layout = tools.layout_of(networks.loaded, args)
     collator = tools.make_collator(dataset, networks.loaded, layout, args)
     counts, priors = TrainingCounts(), priors_of(spec, rules, cases)
     scorer = make_scorer(networks, collator, spec, args)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llava.errors import DataError
+from llava.errors import ConfigError, DataError
 from llava.train.rollout.page import MAX_STEPS, main
 from tests.support.rollouts import episode
 from tests.support.tiny import tiny_image
@@ -53,6 +53,15 @@ def test_the_table_drops_an_incomplete_last_line(tmp_path: Path, capsys: pytest.
     main([str(write_run(tmp_path / "run", 2, tail='{"step": 3, "ca'))])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[:3] == ["step", "dialogues", "reward"] and len(lines) == 4
+
+
+@pytest.mark.parametrize("name", ["rollouts.jsonl", "resolved_arguments.json"])
+def test_the_page_does_not_replace_the_records(tmp_path: Path, name: str) -> None:
+    run = write_run(tmp_path / "run", 2)
+    before = (run / name).read_bytes()
+    with pytest.raises(ConfigError, match=r"--html .* would overwrite an input"):
+        main([str(run), "--html", str(run / name)])
+    assert (run / name).read_bytes() == before
 
 
 @pytest.mark.parametrize(("text", "message"), [("", "no rollout yet"), ("[1]\n{}\n", "row 0: expected an object")])

@@ -68,6 +68,7 @@ def test_defaults(rules: Path, objective: str, size: int, kl: float, high: float
     (["--gamma", "1.5"], "--gamma is 1.5; expected a number from 0 to 1"),
     (["--kl_target", "1"], "--kl-target 1 adapts the KL penalty of the reward, but grpo has its own"),
     (["--init_value_with_reward", "True"], "got --objective grpo and no path"),
+    (["--compat", "drllava"], "but --objective is grpo; leave it out, or use --objective ppo"),
 ])  # fmt: skip
 def test_wrong_values(rules: Path, words: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -83,6 +84,13 @@ def test_wrong_values(rules: Path, words: list[str], message: str) -> None:
 def test_wrong_values_of_ppo(rules: Path, words: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse(rules, *words, objective="ppo")
+
+
+def test_the_published_form_is_that_of_ppo(rules: Path) -> None:
+    spec = parse(rules, "--compat", "drllava", objective="ppo").rollout_spec()
+    assert spec is not None and spec.published
+    with pytest.raises(ConfigError, match=r"--compat drllava is .* but --objective is rloo"):
+        parse(rules, "--compat", "drllava", objective="rloo")
 
 
 def test_rules_are_needed(tmp_path: Path) -> None:
@@ -144,6 +152,21 @@ def test_another_reading_is_another_run(rules: Path, tmp_path: Path, monkeypatch
     monkeypatch.setattr(cue_lists, "CUES", tmp_path)
     labels.append(rules_label(str(rules)))
     assert len(set(labels)) == 3 and f", extractor {EXTRACTOR_VERSION}, cues sha256 " in labels[0]
+
+
+def test_the_batches_of_fine_tuning_are_no_decision(rules: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        plain = parse(rules, "--step_batch_size", "32")
+    assert "not used in reinforcement learning" not in caplog.text
+    words = ["--per_device_train_batch_size", "3", "--gradient_accumulation_steps", "5"]
+    with caplog.at_level(logging.INFO):
+        other = parse(rules, "--step_batch_size", "32", *words)
+    assert plain.provenance_spec() == other.provenance_spec() and plain.provenance_spec().global_batch == 32
+    assert [text for text in caplog.messages if "not used" in text] == [
+        "not used in reinforcement learning: --per-device-train-batch-size, --gradient-accumulation-steps; "
+        "--step-batch-size sets the batch"
+    ]
+    assert parse(rules, *words, objective="sft").provenance_spec().global_batch == 15
 
 
 def test_sizes_of_a_process_are_no_decision(rules: Path) -> None:

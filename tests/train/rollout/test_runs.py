@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from llava.errors import ConfigError, LlavaError
+from llava.symbolic.dialogues import dialogue_row
+from llava.symbolic.rules import load_rules
 from llava.train.rollout.records import draw_curves
 from llava.train.rollout.run import PRIORS_FILE, check_setting
 from tests.support.ranks import run_ranks, start
@@ -167,6 +169,20 @@ def test_what_a_run_refuses(parts: Path, tmp_path: Path, changed: dict, message:
     with pytest.raises(LlavaError, match=message):
         rl_train(rl_arguments(parts, tmp_path / "run", **changed))
     assert not (tmp_path / "run" / "rollouts.jsonl").exists()
+
+
+def test_epochs_count_the_cases_that_are_left(parts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rules = load_rules(parts / "rules.yaml")
+    rows = [dialogue_row(rules, row) for row in json.loads((parts / "table.json").read_text())]
+    for row in rows[2:]:
+        row["conversations"][0]["value"] += " Really?" * 100
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    options = {"data_path": tmp_path / "rows.json", "query_len": 500, "max_steps": None, "num_train_epochs": 3}
+    with caplog.at_level(logging.WARNING):
+        rl_train(rl_arguments(parts, tmp_path / "run", **options))
+    assert "4 of 6 cases have a longer first question" in caplog.text
+    # Three epochs of 2 of the 6 cases, 2 in a rollout of 8 dialogues.
+    assert [row["step"] for row in rollouts(tmp_path / "run")] == [1] * 8 + [2] * 8 + [3] * 8
 
 
 def test_rules_of_one_node_are_refused(parts: Path, tmp_path: Path) -> None:
