@@ -20,6 +20,7 @@ from llava.imaging.dicom.policy import DicomPolicy
 from llava.samples import Conversation, Turn
 from llava.serve.failures import RequestError
 from llava.serve.schemas import (
+    MAX_STOP_CHARACTERS,
     MAX_STOPS,
     NEUTRAL,
     NEUTRAL_OF_MESSAGES,
@@ -321,6 +322,10 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
+def _is_stop(value: Any) -> bool:
+    return is_unicode_text(value) and len(value) <= MAX_STOP_CHARACTERS
+
+
 def _is_texts(value: Any) -> bool:
     return isinstance(value, list) and all(is_unicode_text(one) for one in value)
 
@@ -332,8 +337,8 @@ OLD_FIELDS: dict[str, tuple[Check, str]] = {
     "top_p": (lambda value: _is_number(value) and 0 < value <= 1, "a number above 0 and at most 1"),
     "max_new_tokens": (lambda value: type(value) is int and value >= 1, "an integer of at least 1"),
     "stop": (
-        lambda value: is_unicode_text(value) or (_is_texts(value) and len(value) <= MAX_STOPS),
-        "a string or a list",
+        lambda value: _is_stop(value) or (_is_texts(value) and len(value) <= MAX_STOPS and all(map(_is_stop, value))),
+        f"a string or a list of at most {MAX_STOPS} strings, each of at most {MAX_STOP_CHARACTERS} characters",
     ),
     "images": (_is_texts, "a list of base64 strings"),
 }
