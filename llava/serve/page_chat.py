@@ -18,10 +18,9 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from llava.errors import LlavaError
-from llava.imaging.decode import decode_image
+from llava.imaging.decode import decode_image, stored_format
 from llava.imaging.dicom.header import integer_value, number_values, read_header
 from llava.imaging.dicom.policy import PRESETS, DicomPolicy
-from llava.imaging.dicom.sniff import is_dicom
 from llava.utils.jsonl import append_record
 
 LARGEST_SHOWN = 2048
@@ -63,7 +62,7 @@ class PageImage:
             LlavaError: it cannot be decoded; the message says why.
         """
         decode_image(content)
-        if not is_dicom(content):
+        if stored_format(content) != "DICOM":
             return cls(name, content)
         tags = ("NumberOfFrames", "WindowCenter", "WindowWidth")
         header = read_header(content, tags, name=name, pixels=False)

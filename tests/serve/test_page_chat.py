@@ -12,7 +12,8 @@ import pytest
 from llava.errors import DataError, LlavaError
 from llava.imaging.decode import decode_image
 from llava.imaging.dicom.policy import DicomPolicy
-from llava.serve.messages import parse_chat
+from llava.serve.image_inputs import ImageLimits, read_image
+from llava.serve.messages import ImageInput, parse_chat
 from llava.serve.page_chat import PageChat, PageImage, PageLog, note_of, phantom_png
 from llava.serve.page_view import viewer_html
 from tests.support.dicom_files import make
@@ -58,6 +59,18 @@ def test_the_shown_pixels_are_those_of_the_window_and_frame_that_are_sent() -> N
     shown = decode_image(base64.b64decode(chat.current.data_url().partition(",")[2]))
     assert np.array_equal(np.asarray(shown.image), np.asarray(sent.image))
     assert chat.current.caption == "window 90,20, frame 1"
+
+
+def test_a_dicom_file_without_preamble_has_a_window_and_frames_too() -> None:
+    chat = PageChat()
+    chat.add(PageImage.of("a.dcm", DICOM[132:]))
+    assert chat.current is not None and chat.current.is_dicom
+    assert (chat.current.num_frames, chat.current.center, chat.current.width) == (2, 32, 64)
+    chat.change(window="90,20", frame=1)
+    sent = chat.current.part()["image_url"]
+    data = read_image(ImageInput(sent["url"], sent["window"], str(sent["frame"])), ImageLimits())
+    assert np.array_equal(np.asarray(decode_image(data).image), np.asarray(chat.current.shown_image()))
+    assert not np.array_equal(np.asarray(chat.current.shown_image()), np.asarray(decode_image(DICOM).image))
 
 
 @pytest.mark.parametrize("change", [{"window": "bones"}, {"window": "1,0"}, {"frame": 2}])
