@@ -89,7 +89,7 @@ class PageServer:
             reason = f"error: {error}"
         finally:
             self.admission.leave(place)
-        turn.note = "; ".join(part for part in (reason, note_of(turn, usage, time.monotonic() - started)) if part)
+        turn.note = "; ".join(part for part in (reason, note_of(chat, usage, time.monotonic() - started)) if part)
         yield
 
     def stop(self, session: str) -> None:

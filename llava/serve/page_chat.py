@@ -101,8 +101,13 @@ class PageImage:
 
     @property
     def caption(self) -> str:
-        """Window and frame for the line below an answer; "" for files other than DICOM."""
+        """Window and frame as shown; "" for files other than DICOM."""
         return f"window {self.window}, frame {self.frame}" if self.is_dicom else ""
+
+    @property
+    def asked_caption(self) -> str:
+        """Window and frame with which the model has seen it last; "" if it has not, and for other files."""
+        return "" if self.asked is None else replace(self, window=self.asked[0], frame=self.asked[1]).caption
 
 
 @dataclass
@@ -193,16 +198,21 @@ class PageChat:
                 messages.append({"role": "assistant", "content": turn.answer + note})
         return messages
 
+    def captions(self) -> list[str]:
+        """Return the windows and frames of all images that the model has seen, those of earlier turns included."""
+        captions = [(place, image.asked_caption) for place, image in enumerate(self.images, 1)]
+        is_only = len(self.images) == 1
+        return [text if is_only else f"image {place}: {text}" for place, text in captions if text]
 
-def note_of(turn: PageTurn, usage: Mapping[str, Any] | None, seconds: float) -> str:
-    """Return the line below an answer: time, tokens, and the windows of its images."""
+
+def note_of(chat: PageChat, usage: Mapping[str, Any] | None, seconds: float) -> str:
+    """Return the line below an answer: time, tokens, and the windows of the images that the model has seen."""
     parts = [f"{seconds:.1f} s"]
     if usage:
         cached = usage.get("prompt_tokens_details", {}).get("cached_tokens", 0)
         parts.append(f"{usage['prompt_tokens']} tokens of prompt, {cached} of them cached")
         parts.append(f"{usage['completion_tokens']} tokens of answer")
-    parts += [image.caption for image in turn.images if image.caption]
-    return "; ".join(parts)
+    return "; ".join([*parts, *chat.captions()])
 
 
 def phantom_png() -> bytes:

@@ -109,8 +109,28 @@ def test_notes_name_time_tokens_and_windows() -> None:
     chat = PageChat()
     chat.add(PageImage.of("a.dcm", DICOM))
     usage = {"prompt_tokens": 5, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 3}}
-    note = note_of(chat.ask("What?"), usage, 1.25)
+    chat.ask("What?")
+    note = note_of(chat, usage, 1.25)
     assert note == "1.2 s; 5 tokens of prompt, 3 of them cached; 2 tokens of answer; window file, frame 0"
+
+
+def test_the_windows_of_all_images_that_were_asked_about_stand_beside_every_answer() -> None:
+    chat = PageChat()
+    chat.add(PageImage.of("a.dcm", DICOM))
+    assert note_of(chat, None, 1) == "1.0 s"
+    for question in ("What?", "Where?"):
+        chat.ask(question).answer = "A"
+        assert note_of(chat, None, 1) == "1.0 s; window file, frame 0"
+    chat.add(PageImage.of("b.png", phantom_png()))
+    chat.add(PageImage.of("c.dcm", DICOM))
+    chat.change(window="20,10", frame=1)
+    assert note_of(chat, None, 1) == "1.0 s; image 1: window file, frame 0"
+    chat.ask("And here?").answer = "B"
+    chat.ask("Why?").answer = "C"
+    chat.change(window="full")  # the model has not seen it
+    assert note_of(chat, None, 1) == "1.0 s; image 1: window file, frame 0; image 3: window 20,10, frame 1"
+    chat.ask("And now?")
+    assert note_of(chat, None, 1) == "1.0 s; image 1: window file, frame 0; image 3: window full, frame 1"
 
 
 def test_votes_are_stored_in_the_original_layout_and_only_with_a_folder(tmp_path: Path) -> None:
