@@ -199,14 +199,14 @@ class PageChat:
         return messages
 
     def captions(self) -> list[str]:
-        """Return the windows and frames of all images that the model has seen, those of earlier turns included."""
+        """Return windows and frames of all images that the model has seen, in any turn."""
         captions = [(place, image.asked_caption) for place, image in enumerate(self.images, 1)]
         is_only = len(self.images) == 1
         return [text if is_only else f"image {place}: {text}" for place, text in captions if text]
 
 
 def note_of(chat: PageChat, usage: Mapping[str, Any] | None, seconds: float) -> str:
-    """Return the line below an answer: time, tokens, and the windows of the images that the model has seen."""
+    """Return the line below an answer: time, tokens, and the windows of the images so far."""
     parts = [f"{seconds:.1f} s"]
     if usage:
         cached = usage.get("prompt_tokens_details", {}).get("cached_tokens", 0)

@@ -1,4 +1,4 @@
-"""Sliders of a DICOM window on the page: center and width, with ranges that hold the window of the image."""
+"""Sliders of a DICOM window on the page, with ranges that hold the window of the image."""
 
 from __future__ import annotations
 
