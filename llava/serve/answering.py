@@ -195,7 +195,7 @@ class AnswerService:
                 if left <= 0:
                     raise timed_out()
                 try:
-                    async with asyncio.timeout(min(beat, left)):  # without a task for each token, unlike `wait_for`
+                    async with self.admission.limited(min(beat, left)):
                         await news.wait()
                 except TimeoutError:
                     yield None
@@ -235,7 +235,7 @@ class AnswerService:
         record.num_images = len(job.images)
         if not job.images:
             return job.prompt_of(()), sampling
-        async with self._readers:
+        async with self.admission.limited(), self._readers:
             contents = await asyncio.to_thread(read_images, job.images, self.images, is_bare=job.is_raw)
         record.num_image_bytes = sum(map(len, contents))
         return job.prompt_of(contents), sampling

@@ -40,7 +40,9 @@ def add_old_routes(app: FastAPI, service: AnswerService) -> None:
     async def generate(request: Request) -> Response:
         record = record_of(request)
         with service.admission.reading():
-            body = parse_generate(parse_json(await read_body(request)))
+            async with service.admission.limited():
+                content = await read_body(request)
+            body = parse_generate(parse_json(content))
         if body.model is not None:
             service.check_model(body.model)
         record.model = service.model.name

@@ -42,7 +42,9 @@ def add_openai_routes(app: FastAPI, service: AnswerService, tokens: TokenTexts) 
     async def chat(request: Request) -> Response:
         record = record_of(request)
         with service.admission.reading():
-            body = parse_chat(parse_json(await read_body(request)))
+            async with service.admission.limited():
+                content = await read_body(request)
+            body = parse_chat(parse_json(content))
         service.check_model(body.model)
         record.model = service.model.name
         made = ChatAnswer(body, service.model, tokens, record.request_id)

@@ -79,7 +79,7 @@ class PageServer:
         reason = ""
         try:
             async with aclosing(chunks):
-                while (chunk := await _next_unless(chunks, stop)) is not None:
+                while (chunk := await self._next(chunks, stop)) is not None:
                     usage = chunk.get("usage") or usage
                     for choice in chunk.get("choices", []):
                         turn.answer += choice.get("delta", {}).get("content") or ""
@@ -91,6 +91,10 @@ class PageServer:
             self.admission.leave(place)
         turn.note = "; ".join(part for part in (reason, note_of(chat, usage, time.monotonic() - started)) if part)
         yield
+
+    async def _next(self, chunks: AsyncGenerator[dict[str, Any], None], stop: asyncio.Event) -> dict[str, Any] | None:
+        async with self.admission.limited():
+            return await _next_unless(chunks, stop)
 
     def stop(self, session: str) -> None:
         """Stop the answer of a session, at the worker too."""
