@@ -155,6 +155,7 @@ class AnswerService:
         key = record.key
         with self.admission.reading():
             reading = asyncio.ensure_future(self._prompt(job, record))
+            del job  # the texts of its images may be large, and are not kept until the answer ends
             try:
                 async for _ in _beats(reading, deadline=deadline, beat=beat):
                     yield None
