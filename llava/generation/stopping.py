@@ -25,6 +25,9 @@ BROKEN = "\ufffd"
 CONTEXT = 16
 """Number of tokens that are decoded again with the new ones."""
 
+MAX_TAIL = 64
+"""Number of tokens at the end of an answer that are decoded at each step; a longer end is decoded piece by piece."""
+
 
 class GrowingText:
     """Cache for `decode`: `text(ids)` equals `decode(ids)`, cheap when `ids` extends the previous ids.
@@ -147,8 +150,13 @@ def _trimmed(text: str) -> str:
 
 def _overlap(text: str, stop: str) -> int:
     """Return the length of the longest suffix of `text` that is a proper prefix of `stop`."""
-    longest = min(len(text), len(stop) - 1)
-    return next((length for length in range(longest, 0, -1) if text.endswith(stop[:length])), 0)
+    start = max(0, len(text) - len(stop) + 1)
+    # Only where the first character stands: each event of every answer asks this for all stop strings.
+    while (start := text.find(stop[:1], start)) >= 0:
+        if text.endswith(stop[: len(text) - start]):
+            return len(text) - start
+        start += 1
+    return 0
 
 
 class AnswerText:
@@ -169,7 +177,8 @@ class AnswerText:
             return True
         if not rule.watched:
             return False
-        tail = self.decode(token_ids[-rule.num_tail_tokens :])
+        num_tail = rule.num_tail_tokens
+        tail = self.decode(token_ids[-num_tail:]) if num_tail <= MAX_TAIL else self.growing.text(token_ids)
         if not any(stop in tail for stop in rule.watched):
             return False
         return rule.find(self.decode(token_ids)) is not None

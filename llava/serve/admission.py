@@ -1,6 +1,7 @@
 """Back-pressure: bounded running sequences and waiting requests, admitted in turn by key.
 
-    async with admission.place(key, num_sequences): ...      waits for its turn; refuses at once when too many wait
+    with admission.place(key, num_sequences): ...      enters the queue; refuses at once when too many wait
+    async with admission.limited(seconds): ...         waits for anything; ends with `draining` when the server ends
 
 All methods run in the thread of the event loop.
 """
@@ -39,6 +40,7 @@ class Admission:
         num_waiting: requests that wait.
         num_reading: requests whose bodies or images are read, before they wait.
         is_draining: whether new requests are refused.
+        is_over: whether the requests that were left have been ended too.
     """
 
     def __init__(
@@ -60,6 +62,8 @@ class Admission:
         self.num_waiting = 0
         self.num_reading = 0
         self.is_draining = False
+        self.is_over = False
+        self._limits: set[asyncio.Timeout] = set()
         self._clock = clock
         self._by_key: OrderedDict[str, deque[Place]] = OrderedDict()
         self._running_of: dict[str, int] = {}
@@ -68,6 +72,26 @@ class Admission:
     def num_requests(self) -> int:
         """Requests that run (by sequences) or wait."""
         return self.num_running + self.num_waiting
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is read, waits or runs."""
+        return self.num_requests == 0 and self.num_reading == 0
+
+    def limited(self, seconds: float | None = None) -> Limited:
+        """Return a context manager around whatever a request waits for.
+
+        It raises `TimeoutError` after `seconds`, and `RequestError` (`draining`) as soon as `end` is called.
+        """
+        return Limited(self, seconds)
+
+    def end(self) -> None:
+        """End the requests that are left: each of them raises `draining` where it waits, now or later."""
+        self.is_draining = self.is_over = True
+        now = asyncio.get_running_loop().time()
+        for limit in self._limits:
+            if not limit.expired():
+                limit.reschedule(now)
 
     def enter(self, key: str, num_sequences: int, *, max_running: int | None = None) -> Place:
         """Return a place, granted already if there is room.
@@ -145,7 +169,7 @@ class Admission:
                 raise timed_out()
             try:
                 # `wait_for` of Python 3.11 would ignore that the client leaves at the moment of the grant.
-                async with asyncio.timeout(min(beat, left)):
+                async with self.limited(min(beat, left)):
                     await place.granted.wait()
             except TimeoutError:
                 yield
@@ -191,6 +215,33 @@ class Admission:
             del self._by_key[key]
 
 
+class Limited:
+    """Context manager of something that a request waits for; see `Admission.limited`."""
+
+    __slots__ = ("_admission", "_timeout")
+
+    def __init__(self, admission: Admission, seconds: float | None) -> None:
+        self._admission = admission
+        self._timeout = asyncio.timeout(seconds)  # without a task for each wait, unlike `wait_for`
+
+    async def __aenter__(self) -> None:
+        if self._admission.is_over:
+            raise draining()
+        await self._timeout.__aenter__()
+        self._admission._limits.add(self._timeout)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._admission._limits.discard(self._timeout)
+        try:
+            await self._timeout.__aexit__(kind, error, trace)
+        except TimeoutError:
+            if self._admission.is_over:
+                raise draining() from None
+            raise
+
+
 @dataclass(frozen=True, slots=True)
 class PlaceContext:
     """Context manager of a place."""
@@ -208,8 +259,8 @@ class PlaceContext:
 
 
 def draining() -> RequestError:
-    """Return the error of requests that arrive while the server ends."""
-    return busy("draining", "the server is shutting down and takes no new requests")
+    """Return the error of requests that arrive while the server ends, or are not complete at its end."""
+    return busy("draining", "the server is shutting down; send the request to another one, or later")
 
 
 def timed_out() -> RequestError:

@@ -155,6 +155,7 @@ class AnswerService:
         key = record.key
         with self.admission.reading():
             reading = asyncio.ensure_future(self._prompt(job, record))
+            del job  # the texts of its images may be large, and are not kept until the answer ends
             try:
                 async for _ in _beats(reading, deadline=deadline, beat=beat):
                     yield None
@@ -195,7 +196,7 @@ class AnswerService:
                 if left <= 0:
                     raise timed_out()
                 try:
-                    async with asyncio.timeout(min(beat, left)):  # without a task for each token, unlike `wait_for`
+                    async with self.admission.limited(min(beat, left)):
                         await news.wait()
                 except TimeoutError:
                     yield None
@@ -235,7 +236,7 @@ class AnswerService:
         record.num_images = len(job.images)
         if not job.images:
             return job.prompt_of(()), sampling
-        async with self._readers:
+        async with self.admission.limited(), self._readers:
             contents = await asyncio.to_thread(read_images, job.images, self.images, is_bare=job.is_raw)
         record.num_image_bytes = sum(map(len, contents))
         return job.prompt_of(contents), sampling

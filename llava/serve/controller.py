@@ -57,7 +57,7 @@ def run_controller(args: argparse.Namespace) -> int:
         require(package, "serve")
     from llava.serve.controller_app import Controller, make_controller_app
     from llava.serve.guards import gate_settings
-    from llava.serve.listen import ServerRun, bind
+    from llava.serve.listen import PASSING_SECONDS, ServerRun, bind
 
     setup_logging()
     settings = gate_settings(args, urls=[url_of(args.host, args.port)])
@@ -69,7 +69,7 @@ def run_controller(args: argparse.Namespace) -> int:
     run = ServerRun(
         make_controller_app(controller),
         controller.admission,
-        drain_seconds=args.drain_seconds,
+        drain_seconds=args.drain_seconds + PASSING_SECONDS,
         keys=settings.keys,
         on_start=controller.watch,
     )

@@ -66,7 +66,7 @@ class Controller:
             # A kept-alive connection that a worker is just closing would look like a lost worker.
             limits=httpx2.Limits(max_connections=None, max_keepalive_connections=0),
         )
-        self.forwarder = Forwarder(self.registry, self.http, self._headers)
+        self.forwarder = Forwarder(self.registry, self.http, self._headers, self.admission)
         self.seen: set[str] = set()
         self.cluster_members: set[str] = set()
 
@@ -235,7 +235,8 @@ def _add_answer_routes(app: FastAPI, controller: Controller) -> None:
 
     async def answer(request: Request) -> Response:
         with controller.admission.reading():
-            body = await read_body(request)
+            async with controller.admission.limited():
+                body = await read_body(request)
         fields = parse_json(body)
         name = fields.get("model")
         if not isinstance(name, str) or not is_unicode_text(name):

@@ -22,6 +22,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llava.serve.addresses import comes_from_here, header_map, host_name, is_same_address
+from llava.serve.admission import draining
 from llava.serve.audit import AuditLog, now_text
 from llava.serve.failures import RequestError, internal_error
 from llava.serve.keys import CLUSTER_HEADER, ApiKey, KeyRing, same_key
@@ -47,6 +48,9 @@ LOCAL_ROUTES = {*CLUSTER_ROUTES, "/metrics", "/worker_get_status"}
 
 LEFT = "client_left"
 """Outcome of a request whose client closed the connection."""
+
+LAST_SECONDS = 0.5
+"""Time in which a client takes the answer to a request that is canceled because the server ends."""
 
 
 @dataclass(slots=True)
@@ -175,8 +179,12 @@ class Gate:
             await self._rest(scope, receiver, sender)
         except ClientDisconnect:
             record.code = LEFT
-        except asyncio.CancelledError:
-            record.code = LEFT
+        except asyncio.CancelledError:  # by the end of the server only; clients that leave cancel nothing here
+            record.code = "draining"
+            if not sender.has_started:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(LAST_SECONDS):
+                        await error_response(draining(), record)(scope, receiver, sender)
             raise
         except Exception as error:
             if record.code != "internal_error":  # otherwise it was logged where it happened

@@ -1,4 +1,7 @@
-"""Run a server: bind sockets first, drain on the first signal, stop at once on the second."""
+"""Run a server: bind sockets first, drain on the first signal, stop at once on the second.
+
+signal --new requests are refused--> running ones end --drain_seconds--> the others end with `draining` --> exit
+"""
 
 from __future__ import annotations
 
@@ -29,6 +32,12 @@ SAME_SIGNAL_SECONDS = 0.3
 
 CHECK_SECONDS = 0.1
 LAST_SECONDS = 2.0
+
+GRACEFUL_SECONDS = 2
+"""Time in which clients take what is left of their answers when the server ends."""
+
+PASSING_SECONDS = 0.5
+"""Further time of a server that passes requests on: the server behind it has the same signal and ends them itself."""
 
 
 def bind(host: str, port: int) -> list[socket.socket]:
@@ -84,7 +93,7 @@ class ServerRun:
     Attributes:
         app: the application with its gate.
         admission: what drains before the end.
-        drain_seconds: time that running requests have after the first signal.
+        drain_seconds: time that running requests have after the first signal; then they end with `draining`.
         keys: read again when the server begins to listen, and on SIGHUP.
         fatal: returns why the process must end with status 1; "" while it need not.
         on_start: runs beside the server from the time when requests are accepted, and is canceled at the end.
@@ -104,7 +113,12 @@ class ServerRun:
     def run(self, sockets: list[socket.socket], *, url: str) -> int:
         """Serve until a signal; return the exit status."""
         config = uvicorn.Config(
-            self.app, log_config=None, access_log=False, lifespan="on", server_header=False, timeout_graceful_shutdown=2
+            self.app,
+            log_config=None,
+            access_log=False,
+            lifespan="on",
+            server_header=False,
+            timeout_graceful_shutdown=GRACEFUL_SECONDS,
         )
         logging.getLogger("uvicorn.error").setLevel(
             logging.CRITICAL
@@ -131,11 +145,11 @@ class ServerRun:
             if self._signaled is not None and drained is None and self.on_drain is not None:
                 drained = asyncio.ensure_future(self.on_drain())
             await asyncio.sleep(CHECK_SECONDS)
+        self.admission.end()
         await _finish(drained or (asyncio.ensure_future(self.on_drain()) if self.on_drain is not None else None))
         if beside is not None:
             beside.cancel()
-        server.should_exit = True
-        server.force_exit = self.admission.num_requests > 0
+        server.should_exit = True  # what clients do not take in GRACEFUL_SECONDS is canceled
         await serving
 
     def _is_over(self) -> bool:
@@ -145,7 +159,7 @@ class ServerRun:
             self._begin_draining()
         if self._signaled is None:
             return False
-        return self.admission.num_requests == 0 or time.monotonic() > self._signaled + self.drain_seconds
+        return self.admission.is_idle or time.monotonic() > self._signaled + self.drain_seconds
 
     def _on_signal(self, *_: Any) -> None:
         if self._signaled is None:

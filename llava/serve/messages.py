@@ -21,6 +21,7 @@ from llava.samples import Conversation, Turn
 from llava.serve.failures import RequestError
 from llava.serve.schemas import (
     MAX_MESSAGES,
+    MAX_STOP_CHARACTERS,
     MAX_STOPS,
     TAGS,
     UNKNOWN,
@@ -332,6 +333,10 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
+def _is_stop(value: Any) -> bool:
+    return is_unicode_text(value) and len(value) <= MAX_STOP_CHARACTERS
+
+
 def _is_texts(value: Any, limit: int) -> bool:
     return isinstance(value, list) and len(value) <= limit and all(is_unicode_text(one) for one in value)
 
@@ -342,7 +347,10 @@ OLD_FIELDS: dict[str, tuple[Check, str]] = {
     "temperature": (lambda value: _is_number(value) and value >= 0, "a number of at least 0"),
     "top_p": (lambda value: _is_number(value) and 0 < value <= 1, "a number above 0 and at most 1"),
     "max_new_tokens": (lambda value: type(value) is int and value >= 1, "an integer of at least 1"),
-    "stop": (lambda value: is_unicode_text(value) or _is_texts(value, MAX_STOPS), "a string or a list"),
+    "stop": (
+        lambda value: _is_stop(value) or (_is_texts(value, MAX_STOPS) and all(map(_is_stop, value))),
+        f"a string or a list of at most {MAX_STOPS} strings, each of at most {MAX_STOP_CHARACTERS} characters",
+    ),
     "images": (lambda value: _is_texts(value, MAX_MESSAGES), f"a list of at most {MAX_MESSAGES} base64 strings"),
 }
 """Fields of the old protocol, with their checks; null counts as absent, and other fields never had an effect."""

@@ -40,12 +40,15 @@ def add_old_routes(app: FastAPI, service: AnswerService) -> None:
     async def generate(request: Request) -> Response:
         record = record_of(request)
         with service.admission.reading():
-            body = parse_generate(parse_json(await read_body(request)))
+            async with service.admission.limited():
+                content = await read_body(request)
+            body = parse_generate(parse_json(content))
         if body.model is not None:
             service.check_model(body.model)
         record.model = service.model.name
         check_marks(body)
         pieces = frames(body.prompt, service.events(job_of(body), record, beat=REPEAT_SECONDS))
+        del body, content  # the texts of its images may be large
         return await with_first(request, pieces, media_type=FRAMES, on_error=RequestError.frame)
 
     plain: dict[str, Any] = {"response_class": JSONResponse, "responses": RESPONSES}
@@ -74,11 +77,12 @@ def check_marks(body: RawRequest) -> None:
 
 def job_of(body: RawRequest) -> AnswerJob:
     """Return the work that a request asks for."""
+    prompt = body.prompt
     return AnswerJob(
-        lambda images: Prompt(Conversation(()), images, rendered=body.prompt),
+        lambda images: Prompt(Conversation(()), images, rendered=prompt),
         body.images,
         body.sampling,
-        (("prompt", body.prompt),),
+        (("prompt", prompt),),
         is_raw=True,
     )
 

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI
@@ -42,11 +43,15 @@ def add_openai_routes(app: FastAPI, service: AnswerService, tokens: TokenTexts) 
     async def chat(request: Request) -> Response:
         record = record_of(request)
         with service.admission.reading():
-            body = parse_chat(parse_json(await read_body(request)))
+            async with service.admission.limited():
+                content = await read_body(request)
+            body = parse_chat(parse_json(content))
         service.check_model(body.model)
         record.model = service.model.name
-        made = ChatAnswer(body, service.model, tokens, record.request_id)
         events = service.events(job_of(body), record, beat=WAIT_SECONDS)
+        # The texts of its images may be large; only the job has them from here on, until they are decoded.
+        body, content = replace(body, images=()), b""
+        made = ChatAnswer(body, service.model, tokens, record.request_id)
         if body.stream:
             pieces = made.chunks(events)
             return await with_first(request, pieces, media_type="text/event-stream", on_error=error_chunk)
@@ -71,8 +76,9 @@ def models_response(models: list[ServedModel]) -> Response:
 
 def job_of(body: ChatRequest) -> AnswerJob:
     """Return the work that a chat request asks for."""
+    conversation, history = body.conversation, body.history
     return AnswerJob(
-        lambda images: Prompt(body.conversation, images, history=body.history),
+        lambda images: Prompt(conversation, images, history=history),
         body.images,
         body.sampling,
         body.texts,

@@ -15,10 +15,10 @@ from typing import Any
 import gradio as gr
 
 from llava.errors import LlavaError
-from llava.imaging.dicom.policy import PRESETS
 from llava.serve.admission import Admission
 from llava.serve.client import ServerClient, chat_chunks
 from llava.serve.page_chat import WINDOWS, PageChat, PageImage, PageLog, note_of, phantom_png
+from llava.serve.page_sliders import CENTERS, NO_WIDTH, WIDTHS, sliders_of
 from llava.serve.page_uploads import Uploads
 from llava.serve.page_view import NOTICE, viewer_html
 
@@ -79,7 +79,7 @@ class PageServer:
         reason = ""
         try:
             async with aclosing(chunks):
-                while (chunk := await _next_unless(chunks, stop)) is not None:
+                while (chunk := await self._next(chunks, stop)) is not None:
                     usage = chunk.get("usage") or usage
                     for choice in chunk.get("choices", []):
                         turn.answer += choice.get("delta", {}).get("content") or ""
@@ -89,8 +89,12 @@ class PageServer:
             reason = f"error: {error}"
         finally:
             self.admission.leave(place)
-        turn.note = "; ".join(part for part in (reason, note_of(turn, usage, time.monotonic() - started)) if part)
+        turn.note = "; ".join(part for part in (reason, note_of(chat, usage, time.monotonic() - started)) if part)
         yield
+
+    async def _next(self, chunks: AsyncGenerator[dict[str, Any], None], stop: asyncio.Event) -> dict[str, Any] | None:
+        async with self.admission.limited():
+            return await _next_unless(chunks, stop)
 
     def stop(self, session: str) -> None:
         """Stop the answer of a session, at the worker too."""
@@ -158,8 +162,8 @@ class ChatPage:
         self.selected = gr.Radio([], label="Image in the viewer", visible=False)
         with gr.Group(visible=False) as self.dicom:
             self.window = gr.Dropdown(list(WINDOWS), value="file", label="DICOM window")
-            self.center = gr.Slider(-2000, 4000, value=0, step=1, label="Window level (center)")
-            self.width = gr.Slider(1, 6000, value=400, step=1, label="Window width")
+            self.center = gr.Slider(*CENTERS, value=0, step=1, label="Window level (center)")
+            self.width = gr.Slider(*WIDTHS, value=NO_WIDTH, step=1, label="Window width")
             self.frame = gr.Slider(0, 1, value=0, step=1, label="Frame", visible=False)
 
     def _add_chat(self) -> None:
@@ -255,7 +259,7 @@ class ChatPage:
         labels = [f"{place + 1}: {one.name}" for place, one in enumerate(chat.images)]
         is_dicom = image is not None and image.is_dicom
         window = image.window if image is not None else "file"
-        level = _level_of(image)
+        sliders = sliders_of(image)
         frames = image.num_frames if image is not None else 0
         return [
             chat,
@@ -263,8 +267,7 @@ class ChatPage:
             gr.update(choices=labels, value=labels[chat.selected] if labels else None, visible=len(labels) > 1),
             gr.update(visible=is_dicom),
             gr.update(value=window if window in WINDOWS else "custom"),
-            gr.update(value=level[0]),
-            gr.update(value=level[1]),
+            *(gr.update(minimum=one.minimum, maximum=one.maximum, step=one.step, value=one.value) for one in sliders),
             gr.update(maximum=max(1, frames - 1), value=image.frame if image is not None else 0, visible=frames > 1),
         ]
 
@@ -280,10 +283,10 @@ class ChatPage:
         return self._shown(chat)
 
     def _set_window(self, window: str, center: float, width: float, chat: PageChat) -> list[Any]:
-        return self._changed(chat, window=f"{center:g},{width:g}" if window == "custom" else window)
+        return self._changed(chat, window=_window_of(center, width) if window == "custom" else window)
 
     def _set_level(self, center: float, width: float, chat: PageChat) -> list[Any]:
-        return self._changed(chat, window=f"{center:g},{width:g}")
+        return self._changed(chat, window=_window_of(center, width))
 
     def _set_frame(self, frame: float, chat: PageChat) -> list[Any]:
         return self._changed(chat, frame=int(frame))
@@ -376,11 +379,5 @@ class ChatPage:
             gr.Warning(str(error))
 
 
-def _level_of(image: PageImage | None) -> tuple[float, float]:
-    """Return center and width of the window of an image for the sliders."""
-    if image is None:
-        return 0.0, 400.0
-    if image.window in PRESETS:
-        return PRESETS[image.window]
-    center, comma, width = image.window.partition(",")
-    return (float(center), float(width)) if comma and ":" not in center else (image.center, image.width or 400.0)
+def _window_of(center: float, width: float) -> str:
+    return f"{center:.10g},{width:.10g}"

@@ -18,10 +18,9 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from llava.errors import LlavaError
-from llava.imaging.decode import decode_image
+from llava.imaging.decode import decode_image, stored_format
 from llava.imaging.dicom.header import integer_value, number_values, read_header
 from llava.imaging.dicom.policy import PRESETS, DicomPolicy
-from llava.imaging.dicom.sniff import is_dicom
 from llava.utils.jsonl import append_record
 
 LARGEST_SHOWN = 2048
@@ -63,7 +62,7 @@ class PageImage:
             LlavaError: it cannot be decoded; the message says why.
         """
         decode_image(content)
-        if not is_dicom(content):
+        if stored_format(content) != "DICOM":
             return cls(name, content)
         tags = ("NumberOfFrames", "WindowCenter", "WindowWidth")
         header = read_header(content, tags, name=name, pixels=False)
@@ -102,8 +101,13 @@ class PageImage:
 
     @property
     def caption(self) -> str:
-        """Window and frame for the line below an answer; "" for files other than DICOM."""
+        """Window and frame as shown; "" for files other than DICOM."""
         return f"window {self.window}, frame {self.frame}" if self.is_dicom else ""
+
+    @property
+    def asked_caption(self) -> str:
+        """Window and frame with which the model has seen it last; "" if it has not, and for other files."""
+        return "" if self.asked is None else replace(self, window=self.asked[0], frame=self.asked[1]).caption
 
 
 @dataclass
@@ -194,16 +198,21 @@ class PageChat:
                 messages.append({"role": "assistant", "content": turn.answer + note})
         return messages
 
+    def captions(self) -> list[str]:
+        """Return windows and frames of all images that the model has seen, in any turn."""
+        captions = [(place, image.asked_caption) for place, image in enumerate(self.images, 1)]
+        is_only = len(self.images) == 1
+        return [text if is_only else f"image {place}: {text}" for place, text in captions if text]
 
-def note_of(turn: PageTurn, usage: Mapping[str, Any] | None, seconds: float) -> str:
-    """Return the line below an answer: time, tokens, and the windows of its images."""
+
+def note_of(chat: PageChat, usage: Mapping[str, Any] | None, seconds: float) -> str:
+    """Return the line below an answer: time, tokens, and the windows of the images so far."""
     parts = [f"{seconds:.1f} s"]
     if usage:
         cached = usage.get("prompt_tokens_details", {}).get("cached_tokens", 0)
         parts.append(f"{usage['prompt_tokens']} tokens of prompt, {cached} of them cached")
         parts.append(f"{usage['completion_tokens']} tokens of answer")
-    parts += [image.caption for image in turn.images if image.caption]
-    return "; ".join(parts)
+    return "; ".join([*parts, *chat.captions()])
 
 
 def phantom_png() -> bytes:

@@ -46,7 +46,7 @@ def run_page(args: argparse.Namespace) -> int:
         raise ConfigError(f"--concurrency-count is {args.concurrency_count}; expected at least 1")
     for package in ("fastapi", "uvicorn", "prometheus_client"):
         require(package, "serve")
-    from llava.serve.listen import ServerRun, bind
+    from llava.serve.listen import PASSING_SECONDS, ServerRun, bind
 
     setup_logging()
     given = [f"--{name}" for name in ("share", "moderate") if getattr(args, name)]
@@ -66,7 +66,7 @@ def run_page(args: argparse.Namespace) -> int:
             controller, Admission(max_running=1 << 30), PageLog(folder), reloads=args.model_list_mode == "reload"
         )
         app = make_page_app(server, hosts | {host_of(url)}, num_handlers=args.concurrency_count, is_embedded=args.embed)
-        run = ServerRun(app, server.admission, drain_seconds=args.drain_seconds)
+        run = ServerRun(app, server.admission, drain_seconds=args.drain_seconds + 2 * PASSING_SECONDS)
         return run.run(sockets, url=url)
 
 

@@ -19,6 +19,7 @@ import httpx2
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from llava.serve.admission import Admission
 from llava.serve.failures import RequestError
 from llava.serve.flights import Flight, Flights
 from llava.serve.gate import AUDITED_HEADER, RequestRecord, record_of, unless_left
@@ -98,10 +99,22 @@ class Forwarder:
     """Forwarder of requests for answers."""
 
     def __init__(
-        self, registry: Registry, http: httpx2.AsyncClient, headers_of: Callable[[str], dict[str, str]]
+        self,
+        registry: Registry,
+        http: httpx2.AsyncClient,
+        headers_of: Callable[[str], dict[str, str]],
+        admission: Admission,
     ) -> None:
-        """Forward to the workers of `registry`; `headers_of` returns the controller's headers for a worker."""
+        """Forward to the workers of `registry`.
+
+        Args:
+            registry: the workers.
+            http: client for requests to them.
+            headers_of: returns the controller's headers for a worker.
+            admission: ends the requests that are left when the controller ends.
+        """
         self.registry = registry
+        self.admission = admission
         self.http = http
         self.headers_of = headers_of
         self.flights = Flights(registry.clock)
@@ -122,7 +135,8 @@ class Forwarder:
             tried.add(name)
             flight = self.flights.begin(name)
             try:
-                answer = await unless_left(request, flight.wait(self._ask(flight, request, body)))
+                async with self.admission.limited():
+                    answer = await unless_left(request, flight.wait(self._ask(flight, request, body)))
             except httpx2.HTTPError:
                 self.flights.end(flight)
                 self.drop(name)
@@ -208,7 +222,7 @@ class Forwarder:
         if search.finds(answer.first):
             record.first_token = answer.arrived
         try:
-            while piece := await answer.flight.wait(anext(answer.pieces, b"")):
+            while piece := await self._next(answer):
                 if (code := code_of(piece)) != "ok":
                     record.code = code
                 if record.first_token is None and search.finds(piece):
@@ -218,6 +232,13 @@ class Forwarder:
             self.drop(answer.flight.worker)
             record.is_audited = False
             raise worker_lost() from None
+        except RequestError:  # the controller ends; for the worker, its client has left
+            record.is_audited = False
+            raise
+
+    async def _next(self, answer: WorkerAnswer) -> bytes:
+        async with self.admission.limited():
+            return await answer.flight.wait(anext(answer.pieces, b""))
 
     async def _close(self, answer: WorkerAnswer) -> None:
         self._finish(answer.flight)

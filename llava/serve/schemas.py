@@ -16,6 +16,9 @@ from llava.utils.jsonl import is_unicode
 MAX_ANSWERS, MAX_STOPS, MAX_TOP_LOGPROBS, MAX_TOKEN_IDS = 16, 16, 20, 1 << 17
 """Largest values of `n` and `top_logprobs`, and largest numbers of stop strings and of token ids of a message."""
 
+MAX_STOP_CHARACTERS = 1000
+"""Largest length of a stop string: each event of an answer is compared with all of them."""
+
 MAX_MESSAGES, MAX_METADATA = 4096, 64
 """Largest number of messages, of parts of a message, and of entries of `metadata`: a body may hold a million."""
 
@@ -138,8 +141,10 @@ def _kind_of_frame(value: Any) -> str:
 Frame = Annotated[
     Annotated[Text, Tag(AS_TEXT)] | Annotated[int, Field(ge=0), Tag(AS_NUMBER)], Discriminator(_kind_of_frame)
 ]
+StopText = Annotated[Text, Field(max_length=MAX_STOP_CHARACTERS)]
 Stop = Annotated[
-    Annotated[Text, Tag(AS_TEXT)] | Annotated[list[Text], Field(fail_fast=True, max_length=MAX_STOPS), Tag(AS_PARTS)],
+    Annotated[StopText, Tag(AS_TEXT)]
+    | Annotated[list[StopText], Field(fail_fast=True, max_length=MAX_STOPS), Tag(AS_PARTS)],
     Discriminator(_kind_of_content),
 ]
 

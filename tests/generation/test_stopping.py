@@ -119,6 +119,31 @@ def test_text_is_decoded_only_when_it_is_read() -> None:
     assert not AnswerText(RULE, counting).has_ended(tokens_of("a" * 500)) and max(calls) < 30
 
 
+def test_a_long_stop_string_does_not_decode_the_whole_answer_at_each_step() -> None:
+    calls: list[int] = []
+
+    def counting(token_ids: Sequence[int]) -> str:
+        calls.append(len(token_ids))
+        return of_bytes(token_ids)
+
+    stop = "b" * 1000
+    answer, ids = AnswerText(StopRule(frozenset(), (stop,), (stop,)), counting), []
+    for token in tokens_of("a" * 500 + "b" * 999):
+        ids.append(token)
+        assert not answer.has_ended(ids)
+    assert max(calls) < 50
+    assert answer.has_ended([*ids, *tokens_of("b")]) and answer.final([*ids, *tokens_of("b")]) == "a" * 500
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=6), min_size=1, max_size=3))
+def test_the_longest_beginning_of_a_stop_string_is_held_back(text: str, stops: list[str]) -> None:
+    rule = StopRule(frozenset(), tuple(stops), tuple(stops))
+    places = [text.find(stop) for stop in stops if stop in text]
+    held = max(length for stop in stops for length in range(len(stop)) if text.endswith(stop[:length]))
+    assert rule.answer_so_far(text) == (text[: min(places)] if places else text[: len(text) - held])
+
+
 def special_ids(loaded: LoadedModel, *texts: str) -> set[int]:
     return {loaded.processor.tokenizer.convert_tokens_to_ids(text) for text in texts}
 

@@ -17,11 +17,13 @@ import pytest
 from starlette.requests import Request
 
 from llava.serve.audit import AuditLog
+from llava.serve.controller import main as controller_main
 from llava.serve.controller_app import Controller, affinity_of, make_controller_app
 from llava.serve.failures import RequestError
 from llava.serve.flights import Flights
 from llava.serve.gate import AUDITED_HEADER, GateSettings
 from llava.serve.heartbeat import Heart
+from llava.serve.listen import PASSING_SECONDS, ServerRun
 from llava.serve.proxy import ContentSearch, code_of, error_piece
 from llava.serve.registry import Registry, WorkerStatus
 from tests.serve.test_worker import CHAT, GENERATE, HELLO, OLD, data_of, frames_of
@@ -319,6 +321,14 @@ def test_a_request_whose_client_leaves_early_has_one_audit_line(tmp_path: Path) 
         assert until(lambda: (tmp_path / "audit").read_bytes().count(b"\n") >= 2)
     lines = [json.loads(line) for line in (tmp_path / "audit").read_text().splitlines()]
     assert [line["code"] for line in lines] == ["client_left", "ok"]
+
+
+def test_a_controller_leaves_its_workers_time_to_end_the_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    monkeypatch.setattr(ServerRun, "run", lambda run, sockets, *, url: found.append(run.drain_seconds) or 0)
+    with pytest.raises(SystemExit, match="0"):
+        controller_main(["--port", str(free_ports(1)[0]), "--drain-seconds", "7"])
+    assert found == [7 + PASSING_SECONDS]
 
 
 def test_the_last_registration_of_an_address_says_whether_its_worker_audits() -> None:

@@ -49,6 +49,23 @@ def test_stop_reaches_the_worker() -> None:
         assert chat.turns[0].note.startswith("stopped") and until(lambda: engine.handles[0].is_cancelled)
 
 
+def test_an_answer_that_outlives_the_page_says_why() -> None:
+    engine = ScriptedEngine(["a", "b"])
+    engine.pause_after = 1
+    with served(scripted_app(engine)) as url:
+        server, chat = PageServer(url, Admission()), PageChat()
+
+        async def ask() -> None:
+            chat.ask("What?")
+            async for _ in server.answer(chat, chat.request_body(MODEL, temperature=0, top_p=1, max_tokens=8), "s"):
+                if chat.turns[0].answer:
+                    server.admission.end()
+
+        asyncio.run(ask())
+        assert chat.turns[0].answer == "a" and chat.turns[0].note.startswith("error: the server is shutting down")
+        assert until(lambda: engine.handles[0].is_cancelled) and server.admission.num_requests == 0
+
+
 def test_failures_show_their_reason() -> None:
     with served(scripted_app(ScriptedEngine(), max_running=1)) as url:
         server, chat = PageServer(url, Admission()), PageChat()

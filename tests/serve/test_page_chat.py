@@ -12,7 +12,8 @@ import pytest
 from llava.errors import DataError, LlavaError
 from llava.imaging.decode import decode_image
 from llava.imaging.dicom.policy import DicomPolicy
-from llava.serve.messages import parse_chat
+from llava.serve.image_inputs import ImageLimits, read_image
+from llava.serve.messages import ImageInput, parse_chat
 from llava.serve.page_chat import PageChat, PageImage, PageLog, note_of, phantom_png
 from llava.serve.page_view import viewer_html
 from tests.support.dicom_files import make
@@ -60,6 +61,18 @@ def test_the_shown_pixels_are_those_of_the_window_and_frame_that_are_sent() -> N
     assert chat.current.caption == "window 90,20, frame 1"
 
 
+def test_a_dicom_file_without_preamble_has_a_window_and_frames_too() -> None:
+    chat = PageChat()
+    chat.add(PageImage.of("a.dcm", DICOM[132:]))
+    assert chat.current is not None and chat.current.is_dicom
+    assert (chat.current.num_frames, chat.current.center, chat.current.width) == (2, 32, 64)
+    chat.change(window="90,20", frame=1)
+    sent = chat.current.part()["image_url"]
+    data = read_image(ImageInput(sent["url"], sent["window"], str(sent["frame"])), ImageLimits())
+    assert np.array_equal(np.asarray(decode_image(data).image), np.asarray(chat.current.shown_image()))
+    assert not np.array_equal(np.asarray(chat.current.shown_image()), np.asarray(decode_image(DICOM).image))
+
+
 @pytest.mark.parametrize("change", [{"window": "bones"}, {"window": "1,0"}, {"frame": 2}])
 def test_a_wrong_window_or_frame_changes_nothing(change: dict[str, object]) -> None:
     chat = PageChat()
@@ -96,8 +109,28 @@ def test_notes_name_time_tokens_and_windows() -> None:
     chat = PageChat()
     chat.add(PageImage.of("a.dcm", DICOM))
     usage = {"prompt_tokens": 5, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 3}}
-    note = note_of(chat.ask("What?"), usage, 1.25)
+    chat.ask("What?")
+    note = note_of(chat, usage, 1.25)
     assert note == "1.2 s; 5 tokens of prompt, 3 of them cached; 2 tokens of answer; window file, frame 0"
+
+
+def test_the_windows_of_all_images_that_were_asked_about_stand_beside_every_answer() -> None:
+    chat = PageChat()
+    chat.add(PageImage.of("a.dcm", DICOM))
+    assert note_of(chat, None, 1) == "1.0 s"
+    for question in ("What?", "Where?"):
+        chat.ask(question).answer = "A"
+        assert note_of(chat, None, 1) == "1.0 s; window file, frame 0"
+    chat.add(PageImage.of("b.png", phantom_png()))
+    chat.add(PageImage.of("c.dcm", DICOM))
+    chat.change(window="20,10", frame=1)
+    assert note_of(chat, None, 1) == "1.0 s; image 1: window file, frame 0"
+    chat.ask("And here?").answer = "B"
+    chat.ask("Why?").answer = "C"
+    chat.change(window="full")  # the model has not seen it
+    assert note_of(chat, None, 1) == "1.0 s; image 1: window file, frame 0; image 3: window 20,10, frame 1"
+    chat.ask("And now?")
+    assert note_of(chat, None, 1) == "1.0 s; image 1: window file, frame 0; image 3: window full, frame 1"
 
 
 def test_votes_are_stored_in_the_original_layout_and_only_with_a_folder(tmp_path: Path) -> None:

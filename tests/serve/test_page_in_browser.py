@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from llava.serve.page_chat import phantom_png
 from llava.serve.page_run import make_page_app, private_folder
 from tests.serve.test_controller import controller
 from tests.support.chromium import BrowserPage, browser
+from tests.support.dicom_files import RAMP, make
 from tests.support.served import MODEL, ScriptedEngine, scripted_app, served
 from tests.support.waiting import until
 
@@ -30,6 +32,23 @@ def ask(page: BrowserPage, text: str) -> None:
         if page.until(f"document.querySelector('{FIELD}').value == ''", 3.0):
             return
     raise AssertionError("the page does not take the question")
+
+
+def choose(page: BrowserPage, label: str, option: str) -> None:
+    """Choose an option of a list by its name."""
+    field = f"input[aria-label='{label}']"
+    page.value(f'document.activeElement.blur(); document.querySelector("{field}").select()')
+    page.type(field, option)
+    page.press("Enter")
+
+
+def act_until(page: BrowserPage, act: Callable[[], object], script: str) -> None:
+    """Do something again until it has its effect: a component that is just updated may miss an event."""
+    for _ in range(10):
+        act()
+        if page.until(script, 6.0):
+            return
+    raise AssertionError(f"without effect: {script}")
 
 
 def has_model(page: BrowserPage) -> bool:
@@ -107,6 +126,33 @@ def test_the_page_in_a_browser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
                 assert page.until("getComputedStyle(document.body).backgroundColor != 'rgb(255, 255, 255)'")
                 assert until(lambda: page.faint_texts() == []), page.faint_texts()
             assert page.requests == {url} and page.errors == []
+
+
+def test_a_window_outside_of_the_usual_ranges_can_be_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")
+    radiograph, section = tmp_path / "radiograph.dcm", tmp_path / "section.dcm"
+    radiograph.write_bytes(make(RAMP, Modality="CR", WindowCenter=32768, WindowWidth=65536))
+    section.write_bytes(make(RAMP, Modality="CT", WindowCenter=40, WindowWidth=400))
+    text = "document.querySelector('.llava-frame img')?.alt"
+    center = "document.querySelector(\"input[aria-label='number input for Window level (center)']\")"
+    with private_folder(), browser(tmp_path) as page:
+        server = PageServer("http://127.0.0.1:9", Admission(max_running=9), reloads=False)
+        with served(make_page_app(server, frozenset())) as url:
+            page.open(url)
+            assert page.until("document.querySelector('#llava-status')?.innerText.includes('No worker')")
+            page.choose_file("#llava-question input[type=file]", radiograph)
+            assert page.until(f"{text} == 'radiograph.dcm, window file, frame 0' && {center}?.value == '32768'")
+            move = f"{center}.value = '30000'; {center}.dispatchEvent(new Event('input', {{bubbles: true}}))"
+            for change, window in (
+                (lambda: page.value(f"{move}; {center}.dispatchEvent(new Event('blur'))"), "30000,65536"),
+                (lambda: choose(page, "DICOM window", "full"), "full"),
+            ):
+                act_until(page, change, f"{text} == 'radiograph.dcm, window {window}, frame 0'")
+            page.choose_file("#llava-question input[type=file]", section)
+            assert page.until(f"{text} == 'section.dcm, window file, frame 0'")
+            assert page.until(f"{center}.value == '40' && {center}.max == '4000'")
+            assert page.errors == []
 
 
 def test_two_sessions_never_see_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

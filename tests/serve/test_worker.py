@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import gc
 import io
 import itertools
 import json
 import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from llava.serve.audit import AuditLog, check_chain
 from llava.serve.client import split_frames
 from llava.serve.gate import GateSettings
 from llava.serve.keys import KeyRing
+from llava.serve.messages import ImageInput
+from llava.serve.schemas import ImageUrl
 from llava.serve.worker import make_worker_app, model_name, problem_of
 from tests.support.served import MODEL, ScriptedEngine, WordTokenizer, scripted_app, scripted_service, served
 from tests.support.waiting import until
@@ -425,6 +429,27 @@ def test_a_client_that_stops_reading_is_left_at_the_deadline() -> None:
         assert until(lambda: metric(client, "llava_requests_total") == 1)
         assert 'code="timeout"' in client.get("/metrics").text
         assert engine.handles[0].is_cancelled and metric(client, "llava_requests_running") == 0
+
+
+@pytest.mark.parametrize(("path", "stream"), [(CHAT, False), (CHAT, True), (GENERATE, True)])
+def test_the_base64_texts_of_images_are_not_kept_until_the_answer_ends(path: str, stream: bool) -> None:
+    engine, url = ScriptedEngine(), f"data:image/png;test={path}{stream};base64,{png()}"
+    engine.hold.clear()
+    chat = {**HELLO, **with_image(url), "stream": stream}
+    body = chat if path == CHAT else {**OLD, "prompt": "<image>", "images": [url]}
+    with worker(engine) as client, ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(client.post, path, json=body)
+        assert until(lambda: len(engine.handles) == 1)
+        try:
+            assert until(lambda: not _keeps(url), 10)
+        finally:
+            engine.hold.set()
+        assert asked.result().status_code == 200 and len(engine.prompts[0][0].images) == 1
+
+
+def _keeps(url: str) -> bool:
+    """Return whether the server still has an image as text."""
+    return any(isinstance(one, ImageInput | ImageUrl) and one.url == url for one in gc.get_objects())
 
 
 def test_silence_before_the_first_token_is_bridged(monkeypatch: pytest.MonkeyPatch) -> None:

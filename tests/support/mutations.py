@@ -96,7 +96,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     of("generation/beam_search.py", "max(2, 1 + num_end_tokens) * num_beams", "num_beams", "generation/test_beam_search.py"),
     of("generation/beam_search.py", "values * penalty, values / penalty", "values / penalty, values * penalty", "generation/test_beam_search.py"),
     of("generation/beam_search.py", "elif rank < self.num_beams and could_improve:", "elif could_improve:", "generation/test_beam_search.py"),
-    of("generation/stopping.py", "min(len(text), len(stop) - 1)", "min(len(text), len(stop) - 2)", "generation/test_stopping.py"),
+    of("generation/stopping.py", "len(text) - len(stop) + 1", "len(text) - len(stop) + 2", "generation/test_stopping.py"),
     of("generation/stopping.py", "whole = text.rstrip(BROKEN)", "whole = text", "generation/test_stopping.py", "generation/test_growing_text.py"),
     of("generation/slot_memory.py", "wanted = min(request.sampling.max_new_tokens, room)", "wanted = request.sampling.max_new_tokens", "generation/test_scheduler.py", "generation/test_engine.py"),
     # model/: adapters, projectors, tiles, frozen parts
