@@ -195,12 +195,13 @@ class AnswerService:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise timed_out()
-                try:
-                    async with self.admission.limited(min(beat, left)):
-                        await news.wait()
-                except TimeoutError:
-                    yield None
-                    continue
+                if not news.is_set():  # what is there already is sent, also when the server ends
+                    try:
+                        async with self.admission.limited(min(beat, left)):
+                            await news.wait()
+                    except TimeoutError:
+                        yield None
+                        continue
                 news.clear()
                 for event in handle.take():
                     if event.error is not None:

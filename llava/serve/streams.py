@@ -82,7 +82,10 @@ class PieceStream(Response):
 
 
 def _bounded(send: Send, record: RequestRecord) -> Send:
-    """Return `send` with a limit of time, so that a client that does not read holds nothing for ever."""
+    """Return `send` with a limit of time, so that the request of a client that does not read ends.
+
+    The connection closes when the client has read what was sent, or is gone.
+    """
 
     async def bounded(message: Message) -> None:
         left = STALL_SECONDS if record.deadline is None else record.deadline - time.monotonic()

@@ -18,6 +18,9 @@ MAX_PATTERN = 500
 MAX_DEPTH = 20
 """Maximum nesting depth of groups and repeats."""
 
+REMEDY = r"begin it with \b where a word begins, use fewer open repeats, or bounded ones such as {0,40}"
+"""How to make a pattern cheaper, for messages."""
+
 REFUSED = {
     ops.ASSERT: "look-around is not allowed",
     ops.ASSERT_NOT: "look-around is not allowed",
@@ -39,7 +42,7 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
         tree = _parser.parse(pattern, re.IGNORECASE)
         _refuse(list(tree), tree.state.flags)
         if not pattern_steps(pattern) <= MAX_STEPS:
-            raise DataError("it could take too long; use fewer open repeats, or bounded ones such as {0,40}")
+            raise DataError(f"it could take too long; {REMEDY}")
         # Texts are in lower case; without the flag the engine can search for the first letters of a pattern.
         cased = re.sub(r"\\.", "", pattern) != re.sub(r"\\.", "", pattern).lower()
         return re.compile(pattern, re.IGNORECASE if cased else 0)

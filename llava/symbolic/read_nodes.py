@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from llava.errors import DataError
 from llava.symbolic.document import Item
 from llava.symbolic.pattern_steps import MAX_STEPS, pattern_steps
-from llava.symbolic.patterns import compile_pattern
+from llava.symbolic.patterns import REMEDY, compile_pattern
 from llava.symbolic.problems import Problems
 from llava.symbolic.structure import SENTINELS, Allowed, Assignment, Constraint, ExtractRule, RuleNode
 
@@ -126,8 +126,7 @@ class _Patterns:
             self.problems.add(
                 item,
                 f"{where}: with pattern {pattern.pattern!r}, those of this file can take {self.steps:,.0f} steps at a "
-                f"character of an answer; at most {MAX_STEPS:,} are allowed. Use fewer open repeats, or bounded ones "
-                "such as {0,40}",
+                f"character of an answer; at most {MAX_STEPS:,} are allowed: {REMEDY}",
             )
         return pattern
 

@@ -178,10 +178,33 @@ def test_exclusion_is_a_denial(rules: RuleSet, text: str) -> None:
         ("No significant change in bilateral opacities.", False),
         ("No interval change in opacities.", False),
         ("Opacities without interval change since yesterday.", False),
+        ("The infiltrate did not improve.", False),
+        ("Infiltrates have not significantly cleared.", False),
+        ("The opacity that was not seen before is now present.", False),
     ],
 )
 def test_what_is_unchanged_is_present(text: str, hedged: bool) -> None:
     assert extract(load_rules("chest-xray").node("abnormality"), text) == Extraction("present", hedged)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "No acute changes of pneumonia.",
+        "No definite changes of interstitial disease are seen.",
+        "Without further changes of fibrosis or consolidation.",
+        "There are no changes from consolidation.",
+        "No changes in the lungs to suggest pneumonia.",
+        "No obvious change in the lung fields such as consolidation.",
+    ],
+)
+def test_changes_of_a_finding_are_denied(text: str) -> None:
+    assert extract(load_rules("chest-xray").node("abnormality"), text) == Extraction("absent", hedged=False)
+
+
+@pytest.mark.parametrize("text", ["AML not otherwise specified.", "AML which has not been treated."])
+def test_names_and_histories_deny_nothing(rules: RuleSet, text: str) -> None:
+    assert extract(rules.node("diagnosis"), text) == Extraction("AML", hedged=False)
 
 
 @pytest.mark.parametrize("text", ["no " + "-" * 3600 + " aml" * 90, "-" * 3700 + "aml" * 90 + " not seen"])
