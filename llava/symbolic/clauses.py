@@ -107,7 +107,8 @@ class ClauseContext:
                 continue
             begin, end = clauses[last]
             alone = self._num_words(begin, link.start()) == 0  # "A, B, or C", in contrast to "A, B or C"
-            if not alone and not self._is_item(begin, link.start()):
+            in_place = self.cues.places.search(self.text, begin, link.start())
+            if not alone and (in_place or not self._is_item(begin, link.start())):
                 continue
             first = last - 1
             while commas[first] and links[first] is None and self._is_item(*clauses[first]):

@@ -20,7 +20,7 @@ EXTRACTOR_VERSION = 2
 
 TEXTS = ("clause_words", "predicates", "before", "after", "both", "bare", "hedges")
 PATTERNS = ("restarts", "contrasts", "harmless", "doubts")
-OF_LISTS = ("alternatives", "additions", "verbs", "ends")
+OF_LISTS = ("alternatives", "additions", "verbs", "ends", "places")
 CUE_KEYS = (*TEXTS, *PATTERNS, *OF_LISTS)
 
 
@@ -43,6 +43,7 @@ class Cues:
         additions: those of them that need two items or more before.
         verbs: words between a cue and the first item of a list.
         ends: words that no item of a list has.
+        places: words after which a link belongs to an item: "opacities in the left or right lobe".
         any: all cues, to pass over the texts that have none.
         parts: texts of which every text with a cue contains one; looking for them is faster still.
     """
@@ -61,6 +62,7 @@ class Cues:
     additions: re.Pattern[str]
     verbs: re.Pattern[str]
     ends: re.Pattern[str]
+    places: re.Pattern[str]
     any: re.Pattern[str]
     parts: tuple[str, ...]
 
@@ -106,6 +108,7 @@ def read_cues(language: str) -> Cues:
         additions=_any_word(texts["additions"]),
         verbs=_any_word(texts["verbs"]),
         ends=_any_word((*texts["ends"], *texts["verbs"])),
+        places=_any_word(texts["places"]),
         any=_any_word(cues, doubts),
         parts=tuple(cue for cue in sorted(needed) if not any(other in cue for other in needed - {cue})),
     )

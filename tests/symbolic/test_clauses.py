@@ -202,6 +202,17 @@ def test_changes_of_a_finding_are_denied(text: str) -> None:
     assert extract(load_rules("chest-xray").node("abnormality"), text) == Extraction("absent", hedged=False)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "No effusion, patchy opacities in the left upper lobe or lingula.",
+        "No pneumothorax, consolidation at the left or right base.",
+    ],
+)
+def test_a_link_between_places_closes_no_list(text: str) -> None:
+    assert extract(load_rules("chest-xray").node("abnormality"), text) == Extraction("present", hedged=False)
+
+
 @pytest.mark.parametrize("text", ["AML not otherwise specified.", "AML which has not been treated."])
 def test_names_and_histories_deny_nothing(rules: RuleSet, text: str) -> None:
     assert extract(rules.node("diagnosis"), text) == Extraction("AML", hedged=False)
