@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from starlette.types import Scope
+if TYPE_CHECKING:
+    from starlette.types import Scope
 
 EMBEDDING = [ipaddress.IPv6Network(text) for text in ("::ffff:0:0/96", "::/96", "::ffff:0:0:0/96", "64:ff9b::/96")]
 """IPv6 addresses that end with an IPv4 address: mapped, compatible, translated, and those of NAT64 (RFC 6052)."""
@@ -23,6 +25,15 @@ def host_name(header: str) -> str:
         return (urlsplit(f"//{header}").hostname or "") if "@" not in header and "/" not in header else ""
     except ValueError:
         return ""
+
+
+def is_address(host: str) -> bool:
+    """Return whether a host is an IPv4 or IPv6 address, without brackets, and no name."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def is_loopback(host: str) -> bool:

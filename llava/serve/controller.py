@@ -10,8 +10,7 @@ import random
 import time
 from collections.abc import Sequence
 
-from llava.serve.hangups import hangups_ignored
-from llava.serve.options import add_guard_options, checked_port, url_of
+from llava.serve.options import add_guard_options, checked_port, hangups_ignored, url_of
 from llava.serve.registry import DISPATCH, Registry
 from llava.utils.cli import Parser, run_program
 from llava.utils.log import setup_logging

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava.serve.hangups import hangups_ignored
+from llava.serve.options import hangups_ignored
 from llava.utils.cli import Parser, run_program
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import base64
 import binascii
 import io
-import ipaddress
 import re
 import socket
 import time
@@ -32,7 +31,7 @@ from llava.imaging.dicom.header import integer_value, read_header
 from llava.imaging.dicom.policy import DEFAULT_POLICY, DicomPolicy
 from llava.imaging.dicom.sniff import is_dicom, may_be_bare
 from llava.imaging.geometry import MAX_PIXELS
-from llava.serve.addresses import reached_addresses
+from llava.serve.addresses import is_address, reached_addresses
 from llava.serve.failures import RequestError
 from llava.serve.messages import ImageInput
 from llava.utils.cli import check_folder
@@ -284,7 +283,7 @@ def _pinned_request(parts: SplitResult) -> dict[str, Any]:
     host = parts.hostname or ""
     port = parts.port or (443 if parts.scheme == "https" else 80)
     number = str(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][0])
-    is_named = host == "localhost" or _is_number(host)
+    is_named = host == "localhost" or is_address(host)
     for address in () if is_named else reached_addresses(number):
         if address.is_loopback or address.is_link_local or address.is_unspecified or address.is_multicast:
             raise ValueError("the host leads to an address of this machine")
@@ -294,11 +293,3 @@ def _pinned_request(parts: SplitResult) -> dict[str, Any]:
         "headers": {"Host": parts.netloc, "Accept-Encoding": "identity"},
         "extensions": {"sni_hostname": host},
     }
-
-
-def _is_number(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True

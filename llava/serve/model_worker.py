@@ -10,8 +10,7 @@ import os
 from collections.abc import Sequence
 
 from llava.generation.options import add_engine_options
-from llava.serve.hangups import hangups_ignored
-from llava.serve.options import WITHOUT_EFFECT, add_guard_options, add_loading_names, add_queue_options
+from llava.serve.options import WITHOUT_EFFECT, add_guard_options, add_loading_names, add_queue_options, hangups_ignored
 from llava.utils.cli import Parser, run_program
 
 SPINS = "1000"

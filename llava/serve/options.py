@@ -1,4 +1,4 @@
-"""Options shared by the server commands: listening, limits and keys, with safe defaults.
+"""What the server commands share: options of listening, limits and keys, and a start without signals.
 
 Importing this module loads neither torch nor the packages of the extra `serve`.
 """
@@ -6,13 +6,15 @@ Importing this module loads neither torch nor the packages of the extra `serve`.
 from __future__ import annotations
 
 import argparse
-import ipaddress
+import contextlib
 import re
-from collections.abc import Iterable
+import signal
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from llava.errors import ConfigError
+from llava.serve.addresses import is_address
 from llava.utils.cli import Parser, is_server_url
 
 WITHOUT_EFFECT = ("multi_modal", "keep_aspect_ratio", "stream_interval", "use_flash_attn")
@@ -104,20 +106,12 @@ def public_hosts(args: argparse.Namespace) -> frozenset[str]:
     """
     hosts: Iterable[str] = args.public_host
     for host in hosts:
-        if not (HOST_NAME.fullmatch(host) or _is_ipv6(host)):
+        if not (HOST_NAME.fullmatch(host) or is_address(host)):
             raise ConfigError(
                 f"--public-host {host!r} is not a host name or an address; expected it without scheme, port, brackets "
                 "and path, and a name with other letters as xn--..."
             )
     return frozenset(host.lower() for host in hosts)
-
-
-def _is_ipv6(host: str) -> bool:
-    try:
-        ipaddress.IPv6Address(host)
-    except ValueError:
-        return False
-    return True
 
 
 def checked_port(port: int, option: str = "--port") -> int:
@@ -151,3 +145,22 @@ def url_of(host: str, port: int) -> str:
 def host_of(url: str) -> str:
     """Return the host of a URL, in lower case."""
     return (urlsplit(url).hostname or "").lower()
+
+
+@contextlib.contextmanager
+def hangups_ignored() -> Iterator[None]:
+    """Ignore SIGHUP, which ends a process by default, until the server handles it.
+
+    Example::
+
+        with hangups_ignored():
+            load_model()
+    """
+    before = None
+    with contextlib.suppress(ValueError):  # not in the main thread, as in tests
+        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGHUP, before)

@@ -15,9 +15,15 @@ from pathlib import Path
 
 from llava.errors import ConfigError, MissingDependency
 from llava.generation.options import IMAGE_HELP, MORE_MODEL_HELP
-from llava.serve.hangups import hangups_ignored
 from llava.serve.model_worker import add_model_options
-from llava.serve.options import add_guard_options, add_queue_options, check_guards, checked_port, url_of
+from llava.serve.options import (
+    add_guard_options,
+    add_queue_options,
+    check_guards,
+    checked_port,
+    hangups_ignored,
+    url_of,
+)
 from llava.serve.supervisor import Service, Supervisor
 from llava.utils.cli import Parser
 from llava.utils.config_file import with_config

@@ -1,4 +1,4 @@
-"""SIGHUP ends no server that is still starting."""
+"""What the server commands share: SIGHUP ends no server that is still starting."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from llava.serve import controller, gradio_web_server, model_worker, run
-from llava.serve.hangups import hangups_ignored
+from llava.serve.options import hangups_ignored
 
 
 def test_a_signal_is_ignored_until_the_end() -> None:
