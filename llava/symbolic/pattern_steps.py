@@ -40,7 +40,7 @@ MEAN_TEXT = MAX_TEXT // 2
 """Characters from a position to the end of a text, the mean over all positions."""
 
 MAX_STEPS = 16_000
-"""Maximum number of steps at a position, of a pattern and of all patterns of a file: half a second for `MAX_TEXT`."""
+"""Maximum number of steps at a position, of a pattern and of all patterns of a file: 0.5 to 0.9 s for `MAX_TEXT`."""
 
 MAX_GROWING = 40
 """Maximum number of repetitions that each have several ways to match."""
