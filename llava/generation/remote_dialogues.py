@@ -19,6 +19,7 @@ from llava.generation.episode import check_dialogue
 from llava.generation.held import FollowUp, with_answer, with_question
 from llava.generation.prompt_encoder import PromptReader
 from llava.generation.protocol import (
+    UNLIMITED,
     Completion,
     Dialogue,
     Finish,
@@ -264,8 +265,6 @@ class _Holder:
 
 MAX_TOGETHER = 16
 """Largest number of first answers in one request."""
-
-UNLIMITED = 1 << 30
 
 
 def _opened(ids: tuple[int, ...], num_turns: int) -> Encoded:
